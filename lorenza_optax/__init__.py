@@ -1,0 +1,25 @@
+"""LORENZA and its family: low-rank, sharpness-aware training as Optax transformations."""
+
+from lorenza_optax._linalg import randomized_svd
+from lorenza_optax._lorenza import STRUCTURAL_ARGS, lorenza, lorenza_plus, scale_by_lorenza
+from lorenza_optax._matrix_view import WeightDimensionNumbers
+from lorenza_optax._perturbed import perturbed_value_and_grad
+from lorenza_optax._plan import ProjectionPlan, projection_plan
+from lorenza_optax._step import LowRankState
+from lorenza_optax._zo_sam import ZoSamState, adazo_sam, zo_sam_perturbation
+
+__all__ = [
+    "STRUCTURAL_ARGS",
+    "LowRankState",
+    "ProjectionPlan",
+    "WeightDimensionNumbers",
+    "ZoSamState",
+    "adazo_sam",
+    "lorenza",
+    "lorenza_plus",
+    "perturbed_value_and_grad",
+    "projection_plan",
+    "randomized_svd",
+    "scale_by_lorenza",
+    "zo_sam_perturbation",
+]

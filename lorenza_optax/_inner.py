@@ -1,0 +1,101 @@
+"""The optimizer inside: what it must be, and in which precision its moments are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+__all__ = ["MOMENT_DTYPES", "check_inner", "check_sign", "load_moments", "store_moments"]
+
+MOMENT_DTYPES = ("float32", "bfloat16")
+
+
+def check_inner(inner: optax.GradientTransformationExtraArgs, example: dict[str, Any]) -> None:
+    """Raises if a transformation cannot run on low-rank gradients, which have no parameters.
+
+    Args:
+      inner: The transformation.
+      example: The tree of (abstract) arrays that it will be given.
+    """
+    state = jax.eval_shape(inner.init, example)
+    dry_run = lambda params: jax.eval_shape(inner.update, example, state, params)  # noqa: E731
+    try:
+        updates, _ = dry_run(None)
+    except Exception as error:
+        try:
+            dry_run(example)
+        except Exception:
+            raise ValueError(
+                f"base_optimizer cannot update the low-rank gradients: {error}"
+            ) from error
+        raise ValueError(
+            "base_optimizer needs params, which low-rank gradients do not have. Use a"
+            " transformation of the scale_by_* kind, such as optax.scale_by_adam(), and pass"
+            " weight decay as weight_decay=."
+        ) from error
+    if jax.tree.map(jnp.shape, updates) != jax.tree.map(jnp.shape, example):
+        raise ValueError("base_optimizer changes the shapes of the gradients that it is given.")
+
+
+def check_sign(inner: optax.GradientTransformation) -> None:
+    """Raises for a transformation that points down the gradient of ones, as optax.adam does."""
+    ones = {"x": jnp.ones((2, 2))}
+    try:
+        with jax.ensure_compile_time_eval():
+            updates, _ = inner.update(ones, inner.init(ones), None)
+            flipped = bool(jnp.all(updates["x"] < 0))  # pyright: ignore[reportIndexIssue]
+    except Exception:
+        return  # not decidable here (traced hyperparameters, needs params): init looks again
+    if flipped:
+        raise ValueError(
+            "base_optimizer turns a gradient into a step against it: it contains a learning"
+            " rate and its sign flip, so the parameters would ascend. Use a transformation of"
+            " the scale_by_* kind (optax.scale_by_adam(), not optax.adam(1e-3))."
+        )
+
+
+def _is_moment(leaf: Any) -> bool:
+    return leaf.ndim > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def store_moments(state: Any, dtype: jnp.dtype | None, key: jax.Array | None) -> Any:
+    """The state as it is kept: floating arrays in ``dtype``, None for as they are.
+
+    Rounding to bfloat16 is stochastic. With b2 = 0.999 a second moment grows by at most a
+    thousandth of itself an update, less than half a bfloat16 step, so that rounding to nearest
+    would freeze it; stochastic rounding keeps its expectation exact.
+    """
+    if dtype is None:
+        return state
+    leaves, treedef = jax.tree.flatten(state)
+    stored = []
+    for index, leaf in enumerate(leaves):
+        if not _is_moment(leaf):
+            stored.append(leaf)
+        elif dtype == jnp.bfloat16 and key is not None:
+            stored.append(_round_stochastically(leaf, jax.random.fold_in(key, index)))
+        else:
+            stored.append(leaf.astype(dtype))
+    return treedef.unflatten(stored)
+
+
+def load_moments(state: Any, like: Any) -> Any:
+    """The state as it computes: each array in the dtype of ``like``."""
+    return jax.tree.map(
+        lambda leaf, other: leaf.astype(other.dtype) if _is_moment(leaf) else leaf, state, like
+    )
+
+
+def _round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
+    """To bfloat16, up with the probability that makes the expectation exact.
+
+    bfloat16 is the upper half of float32, so adding 16 random bits below and cutting carries
+    into the upper half just as often as it should.
+    """
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    rounded = (bits + noise) & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(rounded, jnp.float32).astype(jnp.bfloat16)

@@ -1,0 +1,406 @@
+"""LORENZA and Lorenza+."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from lorenza_optax._ascent import AscentConfig
+from lorenza_optax._checks import check_choice, check_not_injected
+from lorenza_optax._config import LowRankConfig
+from lorenza_optax._low_rank import low_rank
+
+__all__ = ["STRUCTURAL_ARGS", "lorenza", "lorenza_plus", "scale_by_lorenza"]
+
+STRUCTURAL_ARGS = (
+    "rank",
+    "update_proj_gap",
+    "num_probes",
+    "b1",
+    "b2",
+    "eps",
+    "base_optimizer",
+    "mask",
+    "proj_type",
+    "moment_transport",
+    "ascent",
+    "estimator",
+    "probe_batch_size",
+    "perturb_every",
+    "gradient_transform",
+    "factor_dtype",
+    "moment_dtype",
+    "weight_dimension_numbers",
+    "subspace",
+    "axis_name",
+    "seed",
+)
+"""Arguments of :func:`lorenza` that fix the program: the ``static_args`` for
+``optax.inject_hyperparams``. Injectable are ``learning_rate``, ``rho``, ``mu``, ``scale`` and
+``weight_decay``. Adam's ``b1``, ``b2`` and ``eps`` could be injected, but Optax casts what it
+injects to the parameters' dtype, and in bfloat16 0.999 is 1."""
+
+
+def scale_by_lorenza(
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    *,
+    rho: optax.ScalarOrSchedule = 0.05,
+    mu: optax.ScalarOrSchedule = 1e-3,
+    num_probes: int = 1,
+    scale: optax.ScalarOrSchedule = 1.0,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    base_optimizer: optax.GradientTransformation | None = None,
+    proj_type: str = "std",
+    moment_transport: str = "keep",
+    ascent: str = "zo",
+    estimator: str = "auto",
+    probe_batch_size: int | None = None,
+    perturb_every: int = 1,
+    gradient_transform: optax.GradientTransformation | None = None,
+    factor_dtype: Any = None,
+    moment_dtype: Any = None,
+    weight_dimension_numbers: Any = None,
+    subspace: str = "randomized_svd",
+    axis_name: Any = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales updates by LORENZA: :func:`lorenza` without weight decay and learning rate.
+
+    .. math::
+      g_t = \nabla f(\theta_t + \varepsilon_t), \quad \hat g_t = Q^\top g_t, \quad
+      u_t = \mathrm{scale} \cdot Q \, \mathrm{Adam}(\hat g_t).
+
+    Args:
+      rank: Rank r of the subspaces, as in :func:`lorenza`; so are all that follow.
+      update_proj_gap: Interval T between refreshes, in updates.
+      rho: Radius ρ of the perturbation.
+      mu: Smoothing radius μ.
+      num_probes: Number q of probes.
+      scale: Factor of the projected leaves' updates.
+      b1: Adam's β₁.
+      b2: Adam's β₂.
+      eps: Adam's ε.
+      base_optimizer: Any ``scale_by_*`` transformation instead of Adam.
+      proj_type: Which side is compressed.
+      moment_transport: How the inner state crosses a refresh.
+      ascent: "zo" or "none".
+      estimator: How slopes are taken.
+      probe_batch_size: How many probes are evaluated at once.
+      perturb_every: Perturb each k-th step only.
+      gradient_transform: Applied to the gradient before it is projected.
+      factor_dtype: Dtype in which Q and R are kept.
+      moment_dtype: Dtype in which moments are kept.
+      weight_dimension_numbers: Which axes form the matrix of which leaf.
+      subspace: "randomized_svd" or "svd".
+      axis_name: Mapped axis over which the loss is per device.
+      seed: Seed of sketches and probes.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError, TypeError: As :func:`lorenza`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, lorenza_optax
+      >>> tx = optax.chain(
+      ...     lorenza_optax.scale_by_lorenza(rank=4),
+      ...     optax.scale_by_learning_rate(1e-2),
+      ... )
+      >>> params = {"kernel": jnp.ones((16, 8))}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(updates["kernel"].shape)
+      (16, 8)
+
+    References:
+      Refael, Arbel, Lindenbaum, Tirer, `LORENZA <https://arxiv.org/abs/2502.19571>`_, 2025
+    """
+    return _scale_by(**locals(), residual="discard")
+
+
+def _scale_by(
+    *,
+    rho: Any,
+    mu: Any,
+    num_probes: int,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    base_optimizer: optax.GradientTransformation | None,
+    ascent: str,
+    estimator: str,
+    probe_batch_size: int | None,
+    perturb_every: int,
+    axis_name: Any,
+    **axes: Any,
+) -> optax.GradientTransformationExtraArgs:
+    config = AscentConfig(
+        rho, mu, num_probes, ascent, estimator, probe_batch_size, perturb_every, axis_name
+    )
+    inner = optax.scale_by_adam(b1, b2, eps) if base_optimizer is None else base_optimizer
+    return low_rank(
+        LowRankConfig(inner=optax.with_extra_args_support(inner), ascent=config, **axes)
+    )
+
+
+def lorenza(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    *,
+    rho: optax.ScalarOrSchedule = 0.05,
+    mu: optax.ScalarOrSchedule = 1e-3,
+    num_probes: int = 1,
+    scale: optax.ScalarOrSchedule = 1.0,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    base_optimizer: optax.GradientTransformation | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
+    proj_type: str = "std",
+    moment_transport: str = "keep",
+    ascent: str = "zo",
+    estimator: str = "auto",
+    probe_batch_size: int | None = None,
+    perturb_every: int = 1,
+    gradient_transform: optax.GradientTransformation | None = None,
+    factor_dtype: Any = None,
+    moment_dtype: Any = None,
+    weight_dimension_numbers: Any = None,
+    subspace: str = "randomized_svd",
+    axis_name: Any = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LORENZA: Adam in a low-rank gradient subspace, at a sharpness-aware point.
+
+    Every T updates the randomized SVD of the current gradient, :math:`G \approx Q \,
+    \mathrm{diag}(s)\, R`, gives each weight matrix (m, n) a subspace of rank r. In between,
+    with :math:`u_j \sim N(0, I_r)` per matrix and :math:`P_j = Q\,\mathrm{diag}(u_j) R` in all
+    matrices at once,
+
+    .. math::
+      d_j &= \frac{f(\theta + \mu P_j) - f(\theta - \mu P_j)}{2\mu}, \quad
+      A = \frac1q \sum_{j=1}^q d_j P_j, \quad
+      \varepsilon_t = \rho \frac{A}{\lVert A \rVert} \\
+      \hat g_t &= Q^\top \nabla f(\theta_t + \varepsilon_t), \quad
+      N_t = \mathrm{Adam}(\hat g_t), \quad
+      \theta_{t+1} = \theta_t - \gamma\,(\mathrm{scale}\, Q N_t + \lambda \theta_t) .
+
+    The optimizer keeps r (m + n) + 2 r max(m, n) numbers a matrix where Adam keeps 2 m n.
+    Leaves that are not projected (see :func:`projection_plan`) run the inner optimizer in full
+    and are not perturbed.
+
+    Positive ρ ascends, as in SAM; the published formula has a minus sign in front of the sum,
+    which a negative ρ gives. If A is zero or not finite the step is not perturbed. A gradient
+    that is not finite skips the step: no update, nothing in the state but the counts changes,
+    and a refresh that was due stays due.
+
+    Two ways to take the gradient at the perturbed point: pass ``value_fn`` (and the arguments
+    that it names) to ``update``, which then ignores the gradient it is given (None will do);
+    or, in loops that cannot, use :func:`perturbed_value_and_grad` and then ``update`` as usual.
+    Without either, ``update`` makes a plain low-rank step on the given gradient. Stages in
+    front of this one in a chain never see a gradient that is taken inside ``update``: put
+    clipping into ``gradient_transform``. Losses must be those of the whole batch; under
+    ``shard_map`` or ``pmap`` name the mapped axis in ``axis_name``.
+
+    Args:
+      learning_rate: Step size γ, a float or a schedule.
+      rank: Rank r of the subspaces; leaves with min(m, n) <= r are not projected.
+      update_proj_gap: Interval T between refreshes, in updates.
+      rho: Radius ρ of the perturbation, its Frobenius norm over all projected leaves, in units
+        of the parameters; a schedule may give it. 0 turns the ascent off.
+      mu: Smoothing radius μ of the differences; unused by ``estimator="jvp"``.
+      num_probes: Number q of probes a step; evaluated together.
+      scale: Factor of the projected leaves' updates, a float or a schedule (GaLore's α).
+      b1: Decay β₁ of Adam's first moment.
+      b2: Decay β₂ of Adam's second moment.
+      eps: Adam's ε, outside the root.
+      base_optimizer: Any Optax transformation of the ``scale_by_*`` kind instead of Adam: no
+        params, no learning rate, no sign flip. It sees the low-rank gradients of projected
+        leaves, and in a state of its own the full gradients of the others.
+      weight_decay: Decoupled weight decay λ, a float or a schedule.
+      mask: Optax's weight-decay mask; it has no say in which leaves are projected.
+      proj_type: "std" compresses the shorter side of each matrix (GaLore's reference; moments
+        are r × max(m, n)), "reverse_std" the longer one (least memory; what
+        ``optax.contrib.galore`` does), "left" the rows, "right" the columns.
+      moment_transport: At a refresh "keep" leaves the inner state as it is (GaLore), "reset"
+        makes it new, "rotate" carries the moments over to the new basis (LDAdam).
+      ascent: "zo", the published probes, or "none".
+      estimator: "jvp" takes each slope d_j exactly by forward-mode differentiation, "central"
+        and "forward" by differences of the loss; "auto" is "jvp", or "central" where the loss
+        has no forward-mode rule (``jax.custom_vjp``).
+      probe_batch_size: How many probes are evaluated at once; None for all. Each holds a
+        perturbed copy of the projected weights.
+      perturb_every: Perturb each k-th step only; the others cost no extra pass.
+      gradient_transform: An Optax transformation applied to the gradient before it is
+        projected, such as ``optax.clip_by_global_norm(1.0)``.
+      factor_dtype: Dtype in which Q and R are kept; None for that of the parameters.
+      moment_dtype: "float32" (also None) or "bfloat16", which is rounded stochastically.
+      weight_dimension_numbers: Which axes form the matrix of which leaf, as in
+        :func:`projection_plan`: for scanned layers, attention kernels, or a choice of layers.
+      subspace: "randomized_svd", or "svd" for a full decomposition.
+      axis_name: Mapped axis over which the loss is per device; slopes and gradients are
+        averaged over it.
+      seed: Seed of sketches and probes. The same seed and state give the same bits.
+
+    Returns:
+      ``optax.chain(scale_by_lorenza(...), add_decayed_weights, scale_by_learning_rate)``.
+
+    Raises:
+      ValueError, TypeError: At construction for arguments out of range; at ``init`` for leaves
+        that are not floats, dimension numbers that do not fit, a ``base_optimizer`` that needs
+        params; at ``update`` for a ``value_fn`` that returns no scalar, or that is given inside
+        ``masked``, ``partition``, ``MultiSteps`` or ``apply_if_finite``.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, lorenza_optax
+      >>> def loss(params, x, y):
+      ...     return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"] - y) ** 2)
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> params = {"in": 0.3 * jax.random.normal(keys[0], (16, 32)),
+      ...           "out": 0.3 * jax.random.normal(keys[1], (32, 8))}
+      >>> x = jax.random.normal(keys[2], (64, 16))
+      >>> y = jnp.sin(x[:, :8])
+      >>> tx = lorenza_optax.lorenza(1e-2, rank=4, update_proj_gap=10)
+      >>> opt_state = tx.init(params)
+      >>> @jax.jit
+      ... def step(params, opt_state, x, y):
+      ...     updates, opt_state = tx.update(
+      ...         None, opt_state, params, value_fn=loss, x=x, y=y)
+      ...     return optax.apply_updates(params, updates), opt_state
+      >>> before = loss(params, x, y)
+      >>> for _ in range(30):
+      ...     params, opt_state = step(params, opt_state, x, y)
+      >>> print(bool(loss(params, x, y) < 0.7 * before))
+      True
+
+    References:
+      Refael, Arbel, Lindenbaum, Tirer, `LORENZA <https://arxiv.org/abs/2502.19571>`_, 2025
+
+      Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024
+
+      Foret et al., `Sharpness-Aware Minimization <https://arxiv.org/abs/2010.01412>`_, 2021
+    """
+    check_not_injected("mask", mask)
+    chosen = dict(locals())
+    behind = [chosen.pop(name) for name in ("weight_decay", "mask", "learning_rate")]
+    return _with_decay(_scale_by(**chosen, residual="discard"), *behind)
+
+
+def _with_decay(
+    scaled: optax.GradientTransformationExtraArgs, weight_decay: Any, mask: Any, learning_rate: Any
+) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(
+        scaled,
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def lorenza_plus(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    *,
+    add_back: str = "fira",
+    rho: optax.ScalarOrSchedule = 0.05,
+    mu: optax.ScalarOrSchedule = 1e-3,
+    num_probes: int = 1,
+    scale: optax.ScalarOrSchedule = 1.0,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    base_optimizer: optax.GradientTransformation | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
+    proj_type: str = "std",
+    moment_transport: str = "keep",
+    ascent: str = "zo",
+    estimator: str = "auto",
+    probe_batch_size: int | None = None,
+    perturb_every: int = 1,
+    gradient_transform: optax.GradientTransformation | None = None,
+    factor_dtype: Any = None,
+    moment_dtype: Any = None,
+    weight_dimension_numbers: Any = None,
+    subspace: str = "randomized_svd",
+    axis_name: Any = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lorenza+: LORENZA that adds back the gradient outside the subspace.
+
+    The complement :math:`g - Q Q^\top g`, which :func:`lorenza` drops, returns into the update
+    at no more state than one number a matrix. Two readings of it, as the published formula was
+    not available to us:
+
+    .. math::
+      \text{"fira"}: \quad & Q N + \varphi \circ (g - Q \hat g), \quad
+      \varphi_j = \lVert N_{:j} \rVert / \lVert \hat g_{:j} \rVert, \\
+      \text{"sumo"}: \quad & Q N + (g - Q \hat g),
+
+    with the growth of the added part's norm ("fira") or of N's ("sumo") limited to a factor of
+    1.01 or 1.1 from one update to the next. "fira" is the default: it is the one that measured
+    better on the main job.
+
+    Args:
+      learning_rate: Step size γ, a float or a schedule.
+      rank: Rank r of the subspaces, as in :func:`lorenza`; so are all others but the next.
+      update_proj_gap: Interval T between refreshes, in updates.
+      add_back: "fira" or "sumo".
+      rho: Radius ρ of the perturbation.
+      mu: Smoothing radius μ.
+      num_probes: Number q of probes.
+      scale: Factor of the projected leaves' updates, the added part included.
+      b1: Adam's β₁.
+      b2: Adam's β₂.
+      eps: Adam's ε.
+      base_optimizer: Any ``scale_by_*`` transformation instead of Adam.
+      weight_decay: Decoupled weight decay λ.
+      mask: Optax's weight-decay mask.
+      proj_type: Which side is compressed.
+      moment_transport: How the inner state crosses a refresh.
+      ascent: "zo" or "none".
+      estimator: How slopes are taken.
+      probe_batch_size: How many probes are evaluated at once.
+      perturb_every: Perturb each k-th step only.
+      gradient_transform: Applied to the gradient before it is projected.
+      factor_dtype: Dtype in which Q and R are kept.
+      moment_dtype: Dtype in which moments are kept.
+      weight_dimension_numbers: Which axes form the matrix of which leaf.
+      subspace: "randomized_svd" or "svd".
+      axis_name: Mapped axis over which the loss is per device.
+      seed: Seed of sketches and probes.
+
+    Returns:
+      The transformation, used as :func:`lorenza`.
+
+    Raises:
+      ValueError, TypeError: As :func:`lorenza`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, lorenza_optax
+      >>> loss = lambda params: jnp.sum((params["kernel"] - jnp.eye(16, 8)) ** 2)
+      >>> params = {"kernel": jnp.ones((16, 8))}
+      >>> tx = lorenza_optax.lorenza_plus(1e-1, rank=4)
+      >>> updates, state = tx.update(None, tx.init(params), params, value_fn=loss)
+      >>> print(bool(loss(optax.apply_updates(params, updates)) < loss(params)))
+      True
+
+    References:
+      Refael, Arbel, Lindenbaum, Tirer, `LORENZA <https://arxiv.org/abs/2502.19571>`_, 2025
+
+      Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024
+
+      Refael, Smorodinsky, Tirer, Lindenbaum, `SUMO <https://arxiv.org/abs/2505.24749>`_, 2025
+    """
+    check_not_injected("mask", mask)
+    check_choice("add_back", add_back, ("fira", "sumo"))
+    chosen = dict(locals())
+    behind = [chosen.pop(name) for name in ("weight_decay", "mask", "learning_rate")]
+    return _with_decay(_scale_by(residual=chosen.pop("add_back"), **chosen), *behind)

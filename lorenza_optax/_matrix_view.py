@@ -1,0 +1,136 @@
+"""A leaf as a stack of matrices, and which side of the matrix is compressed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+__all__ = ["PROJ_TYPES", "MatrixView", "WeightDimensionNumbers", "matrix_view"]
+
+PROJ_TYPES = ("std", "reverse_std", "left", "right")
+
+
+class WeightDimensionNumbers(NamedTuple):
+    """Which axes of a leaf are the rows and which the columns of its matrix.
+
+    Axes in neither are batch axes: each of their entries is a matrix of its own, with its own
+    subspace (scanned layers). ``optax.contrib.GaLoreDimensionNumbers`` and
+    ``MuonDimensionNumbers`` have the same fields and are understood too.
+
+    Attributes:
+      reduction_axis: Axis or axes that make up the m rows (the input of ``x @ W``).
+      output_axis: Axis or axes that make up the n columns.
+    """
+
+    reduction_axis: Sequence[int] | int = 0
+    output_axis: Sequence[int] | int = 1
+
+
+def is_dimension_numbers(value: Any) -> bool:
+    """Whether a value names reduction and output axes, ours or Optax's."""
+    return hasattr(value, "reduction_axis") and hasattr(value, "output_axis")
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """A leaf seen as matrices of shape ([b,] m, n), with b the product of the batch axes.
+
+    ``compressed`` says which factor of G ≈ Q diag(s) R projects: "left" is Qᵀ G (the m rows
+    become r), "right" is G Rᵀ (the n columns become r). Here alone the second is turned into
+    the first: :meth:`orient` transposes where the right side is compressed, so that all code
+    elsewhere projects by Pᵀ from the left. `side` below is the (k) dimension that is
+    compressed, `free` (l) the one that is kept.
+    """
+
+    shape: tuple[int, ...]
+    batch_axes: tuple[int, ...]
+    row_axes: tuple[int, ...]
+    column_axes: tuple[int, ...]
+    compressed: str
+
+    def _size(self, axes: tuple[int, ...]) -> int:
+        return math.prod(self.shape[axis] for axis in axes)
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """(b,) where there are batch axes, else ()."""
+        return (self._size(self.batch_axes),) if self.batch_axes else ()
+
+    @property
+    def m(self) -> int:
+        return self._size(self.row_axes)
+
+    @property
+    def n(self) -> int:
+        return self._size(self.column_axes)
+
+    @property
+    def free(self) -> int:
+        """The length of the side that is not compressed."""
+        return self.n if self.compressed == "left" else self.m
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return self.batch_axes + self.row_axes + self.column_axes
+
+    def matrix(self, leaf: jax.Array) -> jax.Array:
+        """Leaf to ([b,] m, n)."""
+        return leaf.transpose(self._order).reshape(*self.batch, self.m, self.n)
+
+    def leaf(self, matrix: jax.Array) -> jax.Array:
+        """([b,] m, n) to leaf."""
+        permuted = matrix.reshape([self.shape[axis] for axis in self._order])
+        return permuted.transpose([self._order.index(axis) for axis in range(len(self.shape))])
+
+    def orient(self, matrix: jax.Array) -> jax.Array:
+        """([b,] m, n) to ([b,] compressed, free) and back."""
+        return matrix if self.compressed == "left" else matrix.swapaxes(-1, -2)
+
+    def projector(self, q: jax.Array | None, r: jax.Array | None) -> jax.Array:
+        """P of shape ([b,] compressed, r) from the factors Q ([b,] m, r) and R ([b,] r, n)."""
+        factor = q if self.compressed == "left" else r
+        assert factor is not None
+        return self.orient(factor)
+
+
+def _axes(axis: Sequence[int] | int, ndim: int) -> tuple[int, ...]:
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    if not all(-ndim <= a < ndim for a in axes):
+        raise ValueError(f"an axis is out of range for {ndim} dimensions")
+    return tuple(a % ndim for a in axes)
+
+
+def matrix_view(
+    shape: tuple[int, ...], dimension_numbers: Any = None, proj_type: str = "std"
+) -> MatrixView:
+    """The view of a leaf of a shape.
+
+    Args:
+      shape: The leaf's shape.
+      dimension_numbers: Row and column axes; None for rows 0 and columns 1.
+      proj_type: "std" compresses the shorter side (of a square the columns, as GaLore does),
+        "reverse_std" the longer one (of a square the rows), "left" the m rows, "right" the n
+        columns.
+
+    Raises:
+      ValueError: If the axes do not fit the shape.
+    """
+    numbers = WeightDimensionNumbers() if dimension_numbers is None else dimension_numbers
+    rows = _axes(numbers.reduction_axis, len(shape))
+    columns = _axes(numbers.output_axis, len(shape))
+    if not rows or not columns:
+        raise ValueError("reduction_axis and output_axis must each name at least one axis")
+    if len(set(rows + columns)) != len(rows + columns):
+        raise ValueError("an axis is named twice")
+    batch = tuple(axis for axis in range(len(shape)) if axis not in rows + columns)
+    view = MatrixView(tuple(shape), batch, rows, columns, "left")
+    # GaLore's reference: tall and square matrices are multiplied by R from the right.
+    if proj_type == "right" or (proj_type == "std" and view.m >= view.n):
+        return dataclasses.replace(view, compressed="right")
+    if proj_type == "reverse_std" and view.m < view.n:
+        return dataclasses.replace(view, compressed="right")
+    return view

@@ -1,0 +1,31 @@
+"""Running array code on any mesh: Auto inside, the caller's shardings outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def in_auto_mode(function: Callable[..., Any], *args: Any, like: Any) -> Any:
+    """Calls ``function(*args)``; on a mesh with Explicit axes, with those axes made Auto.
+
+    Decompositions refuse sharded dimensions under Explicit axes, and products need the
+    sharding of their result spelled out. Inside this call XLA chooses, as it does on an Auto
+    mesh, and the results leave with the shardings of ``like``, so that types are stable from
+    update to update. Everything that ``function`` reads must come through ``args``.
+
+    Args:
+      function: A function of arrays.
+      *args: Its arguments, pytrees of arrays.
+      like: A pytree of arrays with the structure of the result (not necessarily its shapes).
+
+    Returns:
+      What ``function`` returns.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.explicit_axes:
+        return function(*args)
+    shardings = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, like)
+    return jax.sharding.auto_axes(function, out_sharding=shardings)(*args)

@@ -1,0 +1,293 @@
+"""The plan: which leaves of a tree are projected, how each is viewed, and at which rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorenza_optax._matrix_view import (
+    MatrixView,
+    WeightDimensionNumbers,
+    is_dimension_numbers,
+    matrix_view,
+)
+
+__all__ = ["LeafPlan", "ProjectionPlan", "path_string", "projection_plan"]
+
+# Last path keys of leaves that are not the matrix of a linear map, whatever their shape:
+# an embedding is a table of rows, and scanned layers stack scales and biases to two dimensions.
+NOT_PROJECTED = ("embedding", "scale", "bias")
+
+DimensionNumbers = Any | Callable[[Any], Any] | None
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """A leaf's path as text, the same for a tree and for the same tree with boxed leaves.
+
+    NNX hands ``init`` a tree of Variables, whose leaves lie at ``['kernel'].value``, and
+    ``update`` one of arrays, at ``['kernel']``; linen's partitioning boxes do likewise.
+    """
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+
+
+def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """A tree's leaves by path, in the order of ``jax.tree.leaves``."""
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        name = path_string(path)
+        if name in leaves:
+            raise ValueError(f"Two leaves of the tree have the path {name!r}: rename one of them.")
+        leaves[name] = leaf
+    return leaves
+
+
+def has_masked_nodes(tree: Any) -> bool:
+    """Whether ``optax.masked`` or ``partition`` hides a part of the tree."""
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+    return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
+
+
+def path_hash(path: str) -> int:
+    """A number to fold into a key: the same for a leaf whatever other leaves there are."""
+    return zlib.crc32(path.encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """What is done with one leaf; ``view`` is None where the inner optimizer runs in full."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    view: MatrixView | None
+    rank: int
+    reason: str
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """Arithmetic is float32, or float64 for a float64 leaf, never less."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    @property
+    def matrix(self) -> MatrixView:
+        """The view of a projected leaf."""
+        assert self.view is not None, f"{self.path} is not projected"
+        return self.view
+
+    @property
+    def low_rank_shape(self) -> tuple[int, ...]:
+        """([b,] r, l), the shape of the projected gradient and of each moment."""
+        return (*self.matrix.batch, self.rank, self.matrix.free)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectionPlan:
+    """A plan for a whole tree; prints as a table."""
+
+    leaves: Mapping[str, LeafPlan]
+
+    @property
+    def projected(self) -> dict[str, LeafPlan]:
+        return {path: leaf for path, leaf in self.leaves.items() if leaf.view is not None}
+
+    @property
+    def others(self) -> dict[str, LeafPlan]:
+        return {path: leaf for path, leaf in self.leaves.items() if leaf.view is None}
+
+    def warn(self) -> None:
+        """Warns of leaves that were probably meant to be projected."""
+        high = [
+            f"{leaf.path} {leaf.shape}"
+            for leaf in self.others.values()
+            if len(leaf.shape) > 2 and leaf.reason == "no dimension numbers"
+        ]
+        if high:
+            warnings.warn(
+                "Leaves of 3 or more dimensions run the inner optimizer in full, because nothing"
+                f" says which axes form their matrix: {', '.join(high)}. Pass"
+                " weight_dimension_numbers to project them.",
+                stacklevel=4,
+            )
+        if self.leaves and not self.projected:
+            reasons = sorted({leaf.reason for leaf in self.others.values()})
+            warnings.warn(
+                "No leaf is projected, so no memory is saved and nothing is perturbed"
+                f" ({'; '.join(reasons)}). Lower rank, or pass weight_dimension_numbers; "
+                "print(lorenza_optax.projection_plan(params, rank)) shows each leaf.",
+                stacklevel=4,
+            )
+
+    def numbers_kept(self, path: str) -> tuple[int, int]:
+        """Numbers of optimizer state kept for a leaf with Adam inside, and by plain Adam."""
+        leaf = self.leaves[path]
+        adam = 2 * math.prod(leaf.shape)
+        if leaf.view is None:
+            return adam, adam
+        batch = math.prod(leaf.view.batch)
+        factors = batch * leaf.rank * (leaf.view.m + leaf.view.n)
+        return factors + 2 * math.prod(leaf.low_rank_shape), adam
+
+    def __str__(self) -> str:
+        rows = [("path", "shape", "view (m, n)", "side", "rank", "kept", "Adam", "")]
+        total_kept = total_adam = 0
+        for path, leaf in self.leaves.items():
+            kept, adam = self.numbers_kept(path)
+            total_kept, total_adam = total_kept + kept, total_adam + adam
+            if leaf.view is None:
+                view, side, rank = "-", "full", "-"
+            else:
+                stack = f"{leaf.view.batch[0]} x " if leaf.view.batch else ""
+                view, side = f"{stack}({leaf.view.m}, {leaf.view.n})", leaf.view.compressed
+                rank = str(leaf.rank)
+            rows.append((path, str(leaf.shape), view, side, rank, f"{kept:,}", f"{adam:,}",
+                         leaf.reason))  # fmt: skip
+        share = f"{total_kept / total_adam:.2f} of Adam's" if total_adam else ""
+        rows.append(("total", "", "", "", "", f"{total_kept:,}", f"{total_adam:,}", share))
+        return _format_table(rows)
+
+
+def _format_table(rows: Iterable[tuple[str, ...]]) -> str:
+    rows = list(rows)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    numeric = (4, 5, 6)
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in numeric else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * max(len(line) for line in lines))
+    return "\n".join(lines)
+
+
+def projection_plan(
+    params: Any,
+    rank: int = 128,
+    *,
+    proj_type: str = "std",
+    weight_dimension_numbers: DimensionNumbers = None,
+) -> ProjectionPlan:
+    """The plan that :func:`lorenza` makes for a tree; print it before you train.
+
+    By default a leaf is projected if it has 2 dimensions, min(m, n) > ``rank``, and its last
+    path key is none of "embedding", "scale", "bias".
+
+    Args:
+      params: The parameters, or their ``jax.eval_shape``: only shapes and dtypes are read.
+      rank: The rank r.
+      proj_type: Which side is compressed: "std" the shorter one, "reverse_std" the longer
+        one, "left" the m rows, "right" the n columns.
+      weight_dimension_numbers: What to project instead of the default: a
+        ``WeightDimensionNumbers`` for all leaves of 2 or more dimensions, a tree (or a prefix
+        of one) of these with None for leaves that run in full, or a function from params to
+        such a tree.
+
+    Returns:
+      A :class:`ProjectionPlan`. ``print`` it for a table: path, shape, view, side, rank,
+      numbers of state kept (both factors and two moments) and Adam's.
+
+    Raises:
+      ValueError: If dimension numbers do not fit a leaf or name one that is not there.
+      TypeError: If a leaf is not an array of real floats.
+
+    Examples:
+      >>> import jax.numpy as jnp, lorenza_optax
+      >>> params = {"kernel": jnp.zeros((64, 96)), "bias": jnp.zeros(96)}
+      >>> print(lorenza_optax.projection_plan(params, rank=8))
+      path    shape     view (m, n)  side  rank   kept    Adam
+      ------------------------------------------------------------------------
+      bias    (96,)     -            full     -    192     192  not a matrix
+      kernel  (64, 96)  (64, 96)     left     8  2,816  12,288
+      total                                      3,008  12,480  0.24 of Adam's
+    """
+    arrays = leaves_by_path(params)
+    numbers = dimension_numbers_by_path(weight_dimension_numbers, params, arrays)
+    leaves = {}
+    for path, array in arrays.items():
+        shape, dtype = _shape_and_dtype(path, array)
+        if numbers is None:
+            chosen, reason = _default_choice(path, shape)
+        else:
+            chosen, reason = numbers[path], "not selected"
+        view = None
+        if chosen is not None:
+            try:
+                view = matrix_view(shape, chosen, proj_type)
+            except ValueError as error:
+                raise ValueError(
+                    f"weight_dimension_numbers of leaf {path!r} do not fit its shape {shape}:"
+                    f" {chosen} ({error})."
+                ) from None
+            reason = ""
+            if min(view.m, view.n) <= rank:
+                view, reason = None, f"min(m, n) = {min(view.m, view.n)} <= rank = {rank}"
+        leaves[path] = LeafPlan(path, shape, dtype, view, rank if view else 0, reason)
+    return ProjectionPlan(leaves)
+
+
+def _shape_and_dtype(path: str, array: Any) -> tuple[tuple[int, ...], jnp.dtype]:
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"Leaf {path!r} has dtype {array.dtype}, which cannot be trained here: parameters"
+            " must be real floats. Keep it out with optax.masked or optax.partition."
+        )
+    return tuple(array.shape), jnp.dtype(array.dtype)
+
+
+def _default_choice(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
+    name = path.rsplit("/", 1)[-1]
+    if name in NOT_PROJECTED:
+        return None, f"named {name!r}" if len(shape) > 1 else "not a matrix"
+    if len(shape) > 2:
+        return None, "no dimension numbers"
+    if len(shape) < 2:
+        return None, "not a matrix"
+    return WeightDimensionNumbers(), ""
+
+
+def dimension_numbers_by_path(
+    spec: DimensionNumbers, params: Any, arrays: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Dimension numbers or None for each path; None where the default rule decides."""
+    if callable(spec) and not is_dimension_numbers(spec):
+        spec = spec(params)
+    if spec is None:
+        return None
+    if is_dimension_numbers(spec):
+        return {
+            path: spec if getattr(array, "ndim", 0) >= 2 else None for path, array in arrays.items()
+        }
+    is_leaf = lambda node: (  # noqa: E731
+        node is None or is_dimension_numbers(node) or isinstance(node, optax.MaskedNode)
+    )
+    given = leaves_by_path(spec, is_leaf=is_leaf)
+    for path, value in given.items():
+        if not is_leaf(value):
+            raise TypeError(
+                "weight_dimension_numbers must hold WeightDimensionNumbers or None, got"
+                f" {type(value).__name__} at {path!r}."
+            )
+    chosen: dict[str, Any] = dict.fromkeys(arrays)
+    for prefix, value in given.items():
+        below = [p for p in arrays if p == prefix or p.startswith(prefix + "/")]
+        if is_dimension_numbers(value):
+            if not below and not has_masked_nodes(params):
+                raise ValueError(
+                    f"weight_dimension_numbers names {prefix!r}, but no leaf lies there."
+                    f" Leaves: {', '.join(arrays)}."
+                )
+            chosen.update(dict.fromkeys(below, value))
+    return chosen

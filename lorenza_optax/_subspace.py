@@ -1,0 +1,59 @@
+"""The subspace of a matrix: how its factors are chosen, and moving in and out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorenza_optax._linalg import exact_svd, matmul, randomized_svd
+
+__all__ = ["SUBSPACES", "lift", "new_factors", "project"]
+
+# name -> (matrix (m, n), rank, key) -> (q (m, r), s (r,), r (r, n)). Both are orthonormal, so
+# the space outside them is well defined (see _residual.py).
+SUBSPACES: dict[str, Callable[..., Any]] = {"randomized_svd": randomized_svd, "svd": exact_svd}
+
+
+def new_factors(
+    subspace: str, matrix: jax.Array, rank: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Factors Q ([b,] m, r) and R ([b,] r, n) of a gradient ([b,] m, n)."""
+    choose = lambda one, one_key: SUBSPACES[subspace](one, rank, one_key)  # noqa: E731
+    if matrix.ndim == 3:
+        q, _, r = jax.vmap(choose)(matrix, jax.random.split(key, matrix.shape[0]))
+    else:
+        q, _, r = choose(matrix, key)
+    return q, r
+
+
+def align_signs(
+    q: jax.Array, r: jax.Array, overlap: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Turns new singular vectors so that none points against its predecessor.
+
+    A pair (q_i, r_i) is unique only up to a common sign. Moments kept over a refresh belong to
+    the old signs, so a flip would turn them round.
+
+    Args:
+      q: New left factor, ([b,] m, r).
+      r: New right factor, ([b,] r, n).
+      overlap: C = P_newᵀ P_old, ([b,] r, r); zero before the first refresh.
+
+    Returns:
+      q, r and the overlap, with signs turned so that C has no negative diagonal entry.
+    """
+    signs = jnp.where(jnp.diagonal(overlap, axis1=-2, axis2=-1) < 0, -1, 1).astype(q.dtype)
+    return q * signs[..., None, :], r * signs[..., :, None], overlap * signs[..., :, None]
+
+
+def project(projector: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Pᵀ G: ([b,] k, r), ([b,] k, l) -> ([b,] r, l)."""
+    return matmul(projector.astype(matrix.dtype).swapaxes(-1, -2), matrix)
+
+
+def lift(projector: jax.Array, low: jax.Array) -> jax.Array:
+    """P N: ([b,] k, r), ([b,] r, l) -> ([b,] k, l)."""
+    return matmul(projector.astype(low.dtype), low)
