@@ -206,7 +206,7 @@ def estimate_ascent(
     params: Any,
     directions: Directions,
     probes: Probe,
-    mu: jax.typing.ArrayLike,
+    mu: Any,
     config: AscentConfig,
 ) -> tuple[Any, jax.Array]:
     r"""The weights of the estimated ascent direction, scaled to norm 1; forward passes only.
@@ -246,7 +246,7 @@ def _slopes(
     params: Any,
     directions: Directions,
     probes: Probe,
-    mu: jax.typing.ArrayLike,
+    mu: Any,
     config: AscentConfig,
 ) -> jax.Array:
     """d_j for all probes, shape (q,)."""
@@ -257,7 +257,7 @@ def _slopes(
     def evaluate(estimator: str) -> jax.Array:
         base = float_loss(params) if estimator == "forward" else None
 
-        def slope(probe: Probe) -> jax.Array:
+        def slope(probe: Probe) -> Any:
             direction = directions.direction(probe)
             if estimator == "jvp":
                 return jax.jvp(float_loss, (params,), (_tangent(params, direction),))[1]

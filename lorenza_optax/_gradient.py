@@ -51,19 +51,19 @@ class SubspaceAscentState(NamedTuple):
       perturbed: Whether the last update was made at a perturbed point.
     """
 
-    seed: jax.Array
-    value: jax.Array
-    ascent_norm: jax.Array
-    perturbed: jax.Array
+    seed: Any
+    value: Any
+    ascent_norm: Any
+    perturbed: Any
 
 
 class FullSpaceAscentState(NamedTuple):
     """What an ascent in the full space keeps; fields as in :class:`SubspaceAscentState`."""
 
-    seed: jax.Array
-    value: jax.Array
-    ascent_norm: jax.Array
-    perturbed: jax.Array
+    seed: Any
+    value: Any
+    ascent_norm: Any
+    perturbed: Any
 
 
 AscentState = SubspaceAscentState | FullSpaceAscentState
