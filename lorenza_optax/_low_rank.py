@@ -150,6 +150,8 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
     ) -> Directions:
         if config.in_full_space:
             return full_space(params)
+        if config.ascent.never_perturbs:
+            return in_subspace({}, {}, {}, params)
         views = {path: leaf.matrix for path, leaf in plan.projected.items()}
         return in_subspace(views, state.q, state.r, params)
 

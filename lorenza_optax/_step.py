@@ -12,7 +12,7 @@ import optax
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._gradient import ROUNDING, SKETCH, step_key
 from lorenza_optax._inner import load_moments, store_moments
-from lorenza_optax._plan import ProjectionPlan, path_hash
+from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._refresh import is_due
 from lorenza_optax._residual import RESIDUALS, keeps_norm
 from lorenza_optax._subspace import align_signs, new_factors, project
@@ -175,8 +175,7 @@ def _refresh(
     old = _projectors(plan, state.q, state.r)
     q, r, overlaps = {}, {}, {}
     for path, matrix in matrices.items():
-        leaf_key = jax.random.fold_in(key, path_hash(path))
-        new_q, new_r = new_factors(config.subspace, matrix, config.rank, leaf_key)
+        new_q, new_r = new_factors(config.subspace, matrix, config.rank, key)
         projector = plan.leaves[path].matrix.projector(new_q, new_r)
         overlap = project(projector, old[path].astype(projector.dtype))
         q[path], r[path], overlaps[path] = align_signs(new_q, new_r, overlap)

@@ -20,12 +20,13 @@ SUBSPACES: dict[str, Callable[..., Any]] = {"randomized_svd": randomized_svd, "s
 def new_factors(
     subspace: str, matrix: jax.Array, rank: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Factors Q ([b,] m, r) and R ([b,] r, n) of a gradient ([b,] m, n)."""
-    choose = lambda one, one_key: SUBSPACES[subspace](one, rank, one_key)  # noqa: E731
-    if matrix.ndim == 3:
-        q, _, r = jax.vmap(choose)(matrix, jax.random.split(key, matrix.shape[0]))
-    else:
-        q, _, r = choose(matrix, key)
+    """Factors Q ([b,] m, r) and R ([b,] r, n) of a gradient ([b,] m, n).
+
+    All matrices of a stack, and all leaves with the same n, may share one sketch: it need only
+    be independent of each of them, and the program then has one generator for all.
+    """
+    choose = lambda one: SUBSPACES[subspace](one, rank, key)  # noqa: E731
+    q, _, r = jax.vmap(choose)(matrix) if matrix.ndim == 3 else choose(matrix)
     return q, r
 
 

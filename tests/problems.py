@@ -69,6 +69,11 @@ def quadratic(params, target):
     return 0.5 * sum(jax.tree.leaves(squares))
 
 
+def gradients(params, target):
+    """The gradient of :func:`quadratic`."""
+    return jax.grad(quadratic)(params, target)
+
+
 def matrices(tree):
     """Splits a tree with the shapes of SHAPES into named 2-D float64 arrays, as references see it."""
     out = {}

@@ -37,12 +37,14 @@ def _run_library(tx, dtype, steps=STEPS):
     return history
 
 
-def _subspace_probes(state, num_probes):
+def _subspace_probes(state, num_probes, dtype=np.float64):
     """The u_j that the library draws: they depend on seed, count and shapes alone."""
-    views = {k: matrix_view(problems.SHAPES[k], d) for k, d in problems.DIMENSION_NUMBERS.items() if d}
+    views = {
+        k: matrix_view(problems.SHAPES[k], d) for k, d in problems.DIMENSION_NUMBERS.items() if d
+    }
 
     def probes(t):
-        family = in_subspace(views, state.q, state.r, problems.params(dtype=np.float64))
+        family = in_subspace(views, state.q, state.r, problems.params(dtype=dtype))
         weights = family.draw(step_key(state.ascent.seed, t, PROBE), num_probes).weights
         flat = {k: np.asarray(u) for k, u in weights.items() if k != "stacked"}
         return flat | {f"stacked/{i}": np.asarray(weights["stacked"][:, i]) for i in range(3)}
@@ -126,7 +128,10 @@ def test_lorenza_agrees_with_the_reference(side, transport, residual, more):
 def _check_projectors(state, record):
     """Compares Q Qᵀ and Rᵀ R, which are unique where the bases are not."""
     q, r = problems.matrices(state.q), problems.matrices(state.r)
-    q["attention"], r["attention"] = np.asarray(state.q["attention"]), np.asarray(state.r["attention"])
+    q["attention"], r["attention"] = (
+        np.asarray(state.q["attention"]),
+        np.asarray(state.r["attention"]),
+    )
     for name in PROJECTED:
         ours, theirs = q[name] @ q[name].T, record["q"][name] @ record["q"][name].T
         np.testing.assert_allclose(ours, theirs, atol=1e-8)
@@ -136,42 +141,27 @@ def _check_projectors(state, record):
 
 @pytest.mark.parametrize("subspace", ["svd", "randomized_svd"])
 def test_lorenza_in_float32_agrees_with_the_reference(subspace):
-    # Enough power iterations are not public here, so the sketch is as wide as the matrix:
-    # rank 3 + oversampling 8 exceeds min(m, n) of all leaves but "wide".
-    arguments = dict(COMMON, num_probes=2, estimator="jvp")
+    # For the randomized SVD rank 3 + oversampling 8 is at least min(m, n) of every leaf, so that
+    # its subspace too is that of the exact one.
     tx = lorenza_optax.lorenza(
-        1e-2, **arguments, subspace=subspace,
+        1e-2, **COMMON, num_probes=2, estimator="jvp", subspace=subspace,
         weight_dimension_numbers=problems.DIMENSION_NUMBERS,
     )  # fmt: skip
     history = _run_library(tx, np.float32)
     chex.assert_trees_all_equal_dtypes(history[0][0], problems.params())
+    probes = _subspace_probes(history[0][1], 2, np.float32)
+    drawn = [probes(t) for t in range(STEPS)]
     with jax.enable_x64(True):
         loss, grad = _reference_problem(np.float64)
-        as64 = problems.matrices(problems.params())
-        probes32 = _subspace_probes(history[0][1], 2)
-    with jax.enable_x64(False):
-        drawn = {t: _float32_probes(history[0][1], t) for t in range(STEPS)}
-    with jax.enable_x64(True):
-        del probes32
         expected = reference_lorenza.run(
-            as64, loss, grad, steps=STEPS, rank=RANK, gap=GAP, rho=0.1, mu=1e-2, num_probes=2,
-            probes=drawn.__getitem__, proj_type="std", transport="keep", estimator="jvp",
-            learning_rate=1e-2, projected=PROJECTED,
+            problems.matrices(problems.params()), loss, grad, steps=STEPS, rank=RANK, gap=GAP,
+            rho=0.1, mu=1e-2, num_probes=2, probes=drawn.__getitem__, proj_type="std",
+            transport="keep", estimator="jvp", learning_rate=1e-2, projected=PROJECTED,
         )  # fmt: skip
     _check(history, expected, rtol=2e-3)
 
 
-def _float32_probes(state, t):
-    views = {k: matrix_view(problems.SHAPES[k], d) for k, d in problems.DIMENSION_NUMBERS.items() if d}
-    family = in_subspace(views, state.q, state.r, problems.params())
-    weights = family.draw(step_key(state.ascent.seed, t, PROBE), 2).weights
-    flat = {k: np.asarray(u) for k, u in weights.items() if k != "stacked"}
-    return flat | {f"stacked/{i}": np.asarray(weights["stacked"][:, i]) for i in range(3)}
-
-
-@pytest.mark.parametrize(
-    ("estimator", "num_probes"), [("central", 1), ("forward", 2), ("jvp", 3)]
-)
+@pytest.mark.parametrize(("estimator", "num_probes"), [("central", 1), ("forward", 2), ("jvp", 3)])
 def test_adazo_sam_agrees_with_the_reference(estimator, num_probes):
     with jax.enable_x64(True):
         tx = lorenza_optax.adazo_sam(
@@ -185,7 +175,9 @@ def test_adazo_sam_agrees_with_the_reference(estimator, num_probes):
         def probes(t):
             drawn = family.draw(step_key(seed, t, PROBE), num_probes)
             stacked = jax.vmap(family.direction)(drawn)
-            each = [problems.matrices({k: x[j] for k, x in stacked.items()}) for j in range(num_probes)]
+            each = [
+                problems.matrices({k: x[j] for k, x in stacked.items()}) for j in range(num_probes)
+            ]
             return {k: np.stack([one[k] for one in each]) for k in each[0]}
 
         loss, grad = _reference_problem(np.float64)
