@@ -153,22 +153,19 @@ def full_space(params: Mapping[str, jax.Array]) -> Directions:
         keys = jax.random.split(key, num_probes)
         return Probe(jnp.ones((num_probes, 1), jnp.float32), keys[:, None])
 
-    def leaf_direction(path: str, weights: jax.Array, keys: jax.Array) -> jax.Array:
-        leaf = params[path]
+    shapes = {path: leaf.shape for path, leaf in params.items()}
+    dtypes = {path: _at_least_float32(leaf) for path, leaf in params.items()}
 
-        def add(total: jax.Array, one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def build(weights: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
+        def add(total: Any, one: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
             weight, key = one
-            key = jax.random.fold_in(key, path_hash(path))
-            noise = jax.random.normal(key, leaf.shape, _at_least_float32(leaf))
-            return total + weight.astype(noise.dtype) * noise, None
+            noise = _normal_by_path(key, shapes, dtypes)
+            return {p: total[p] + weight.astype(x.dtype) * x for p, x in noise.items()}, None
 
-        start = jnp.zeros(leaf.shape, _at_least_float32(leaf))
+        start = {path: jnp.zeros(shapes[path], dtypes[path]) for path in params}
         if keys.shape[0] == 1:
             return add(start, (weights[0], keys[0]))[0]
         return jax.lax.scan(add, start, (weights, keys))[0]  # one direction at a time in memory
-
-    def build(weights: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
-        return {path: leaf_direction(path, weights, keys) for path in params}
 
     def direction(probe: Probe) -> dict[str, jax.Array]:
         return in_auto_mode(build, *probe, like=dict(params))

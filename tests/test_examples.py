@@ -64,10 +64,11 @@ def final_state(folder):
 def compile_quickly(tmp_path_factory):
     """Nearly all the time of this file is compilation: optimize little, and each program once."""
     changed = {
-        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
     }
-    before = {name: getattr(jax.config, name) for name in changed}
+    before = {name: jax.config.values[name] for name in changed}
     for name, value in changed.items():
         jax.config.update(name, value)
     yield

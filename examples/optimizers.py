@@ -1,0 +1,130 @@
+"""The optimizers that `pretrain.py` compares, how each is called, and its learning rate."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import optax
+import optax.contrib
+
+import lorenza_optax
+
+# Tuned for the tiny preset's default run; `--lr` overrides them for every optimizer of a run.
+LEARNING_RATES = {
+    "lorenza": 1e-2,
+    "lorenza_plus": 1e-2,
+    "adazo_sam": 3e-3,
+    "adamw": 3e-3,
+    "galore": 1e-2,
+    "sam": 3e-3,
+}
+WEIGHT_DECAY = 0.01
+WARMUP_SHARE = 0.1  # of all steps
+FINAL_SHARE = 0.1  # the cosine ends at so much of the peak
+
+
+class Settings(NamedTuple):
+    rank: int
+    update_proj_gap: int
+    rho: float
+    seed: int
+
+
+def learning_rate_schedule(peak, steps):
+    """Linear warm-up, then a cosine: the same shape for every optimizer."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=peak,
+        warmup_steps=max(1, round(WARMUP_SHARE * steps)),
+        decay_steps=max(2, steps),
+        end_value=FINAL_SHARE * peak,
+    )
+
+
+def lorenza(learning_rate, settings):
+    return lorenza_optax.lorenza(
+        learning_rate,
+        settings.rank,
+        settings.update_proj_gap,
+        rho=settings.rho,
+        weight_decay=WEIGHT_DECAY,
+        seed=settings.seed,
+    )
+
+
+def lorenza_plus(learning_rate, settings):
+    return lorenza_optax.lorenza_plus(
+        learning_rate,
+        settings.rank,
+        settings.update_proj_gap,
+        rho=settings.rho,
+        weight_decay=WEIGHT_DECAY,
+        seed=settings.seed,
+    )
+
+
+def adazo_sam(learning_rate, settings):
+    return lorenza_optax.adazo_sam(
+        learning_rate, rho=settings.rho, weight_decay=WEIGHT_DECAY, seed=settings.seed
+    )
+
+
+def adamw(learning_rate, settings):
+    del settings
+    return optax.adamw(learning_rate, weight_decay=WEIGHT_DECAY)
+
+
+def galore(learning_rate, settings):
+    return optax.contrib.galore(
+        learning_rate, settings.rank, settings.update_proj_gap, weight_decay=WEIGHT_DECAY
+    )
+
+
+def sam(learning_rate, settings):
+    """SAM round AdamW: the ascent step is a normalized gradient step of length rho."""
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(settings.rho))
+    return optax.contrib.sam(adamw(learning_rate, settings), ascent, opaque_mode=True)
+
+
+# The three ways to call `update`. Each takes (tx, loss, params, opt_state, batch), where
+# `loss(params, batch)` is a scalar, and returns (value of the loss, updates, opt_state).
+
+
+def call_with_value_fn(tx, loss, params, opt_state, batch):
+    """The transformation takes the gradient itself, at the point it perturbs to."""
+    updates, opt_state = tx.update(None, opt_state, params, value_fn=loss, batch=batch)
+    return optax.tree.get(opt_state, "value"), updates, opt_state
+
+
+def call_with_gradient(tx, loss, params, opt_state, batch):
+    value, gradient = jax.value_and_grad(loss)(params, batch)
+    updates, opt_state = tx.update(gradient, opt_state, params)
+    return value, updates, opt_state
+
+
+def call_with_grad_fn(tx, loss, params, opt_state, batch):
+    """`optax.contrib.sam`: the gradient here, and a function for the one at the ascent point."""
+    value, gradient = jax.value_and_grad(loss)(params, batch)
+
+    def gradient_at(perturbed, adversarial_step):
+        del adversarial_step
+        return jax.grad(loss)(perturbed, batch)
+
+    updates, opt_state = tx.update(gradient, opt_state, params, grad_fn=gradient_at)
+    return value, updates, opt_state
+
+
+class Entry(NamedTuple):
+    build: Callable  # (learning_rate, settings) -> optax.GradientTransformation
+    call: Callable  # one of the three above
+    perturbs: bool  # holds a second, perturbed copy of the weights during a step
+
+
+OPTIMIZERS = {
+    "lorenza": Entry(lorenza, call_with_value_fn, perturbs=True),
+    "lorenza_plus": Entry(lorenza_plus, call_with_value_fn, perturbs=True),
+    "adazo_sam": Entry(adazo_sam, call_with_value_fn, perturbs=True),
+    "adamw": Entry(adamw, call_with_gradient, perturbs=False),
+    "galore": Entry(galore, call_with_gradient, perturbs=False),
+    "sam": Entry(sam, call_with_grad_fn, perturbs=True),
+}

@@ -1,0 +1,123 @@
+"""Bad arguments raise at construction, bad trees at init, each with what was found."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import lorenza_optax
+from lorenza_optax import adazo_sam, lorenza, lorenza_plus, zo_sam_perturbation
+from tests import problems
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
+        ({"rank": 2.5}, TypeError, "rank must be an int, got float"),
+        ({"rank": True}, TypeError, "rank must be an int, got bool"),
+        ({"update_proj_gap": 0}, ValueError, "update_proj_gap must be at least 1"),
+        ({"num_probes": 0}, ValueError, "num_probes must be at least 1"),
+        ({"probe_batch_size": 0}, ValueError, "probe_batch_size must be at least 1"),
+        ({"perturb_every": 0}, ValueError, "perturb_every must be at least 1"),
+        ({"mu": 0.0}, ValueError, "mu must be above 0.0, got 0.0"),
+        ({"mu": -1e-3}, ValueError, "mu must be above 0.0, got -0.001"),
+        ({"rho": float("nan")}, ValueError, "rho must be finite"),
+        ({"rho": "big"}, TypeError, "rho must be a float or a schedule, got str"),
+        ({"scale": None}, TypeError, "scale must be a float or a schedule"),
+        ({"proj_type": "up"}, ValueError, "proj_type must be one of 'std', 'reverse_std'"),
+        ({"moment_transport": "carry"}, ValueError, "moment_transport must be one of 'keep'"),
+        ({"ascent": "sam"}, ValueError, "ascent must be one of 'zo'"),
+        ({"estimator": "exact"}, ValueError, "estimator must be one of 'auto'"),
+        ({"subspace": "pca"}, ValueError, "subspace must be one of 'randomized_svd'"),
+        ({"factor_dtype": "int8"}, ValueError, "factor_dtype must be None or one of"),
+        ({"moment_dtype": "float16"}, ValueError, "moment_dtype must be None or one of float32"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"base_optimizer": optax.adam(1e-3)}, ValueError, "parameters would ascend"),
+        ({"rank": jnp.asarray(4)}, TypeError, "static_args=lorenza_optax.STRUCTURAL_ARGS"),
+        ({"mask": jnp.asarray(1.0)}, TypeError, "mask must not be an array.*STRUCTURAL_ARGS"),
+    ],
+)
+@pytest.mark.parametrize("factory", [lorenza, lorenza_plus])
+def test_bad_arguments(factory, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        factory(1e-3, **{"rank": 4, **kwargs})
+
+
+@pytest.mark.parametrize("factory", [zo_sam_perturbation, lambda **kw: adazo_sam(1e-3, **kw)])
+def test_bad_arguments_of_the_full_space_methods(factory):
+    for kwargs, message in (
+        ({"mu": 0.0}, "mu must be above"),
+        ({"num_probes": 0}, "num_probes"),
+        ({"estimator": "x"}, "estimator"),
+        ({"seed": -2}, "seed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            factory(**kwargs)
+
+
+def test_bad_arguments_of_the_gradient():
+    with pytest.raises(ValueError, match="mu must be above"):
+        lorenza_optax.perturbed_value_and_grad(lambda p: 0.0, mu=-1.0)
+    with pytest.raises(ValueError, match="add_back must be one of 'fira', 'sumo'"):
+        lorenza_plus(1e-3, rank=4, add_back="both")
+
+
+def test_inject_hyperparams_without_static_args_says_so():
+    with pytest.raises(TypeError, match=r"rank must be an int.*STRUCTURAL_ARGS"):
+        optax.inject_hyperparams(lorenza)(1e-3, rank=4).init(problems.params())
+
+
+@pytest.mark.parametrize(
+    "inner", [optax.add_decayed_weights(0.1), optax.scale_by_trust_ratio()], ids=["decay", "trust"]
+)
+def test_a_base_optimizer_that_needs_params(inner):
+    with pytest.raises(ValueError, match="base_optimizer needs params.*weight_decay="):
+        lorenza(1e-3, rank=2, base_optimizer=inner).init({"a": jnp.ones((4, 6))})
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.scale_by_lion(), optax.scale_by_rms(), optax.trace(0.9), optax.scale_by_amsgrad(),
+        optax.scale_by_adan(), optax.scale_by_yogi(), optax.scale_by_sm3(), optax.identity(),
+        optax.chain(optax.clip(1.0), optax.scale_by_adam()), optax.contrib.scale_by_muon(),
+    ],
+    ids=lambda inner: inner.update.__qualname__.split(".")[0],
+)  # fmt: skip
+def test_any_scale_by_transformation_goes_inside(inner):
+    params = {"a": 0.1 * jnp.ones((6, 8)), "bias": jnp.ones(8)}
+    tx = lorenza(1e-2, rank=2, update_proj_gap=2, base_optimizer=inner)
+    state = tx.init(params)
+    before = problems.quadratic(params, jax.tree.map(jnp.zeros_like, params))
+    step = jax.jit(tx.update)
+    for _ in range(3):
+        updates, state = step(params, state, params)
+        params = optax.apply_updates(params, updates)
+    assert problems.quadratic(params, jax.tree.map(jnp.zeros_like, params)) < before
+
+
+def test_rotate_refuses_states_that_it_does_not_know():
+    params = {"a": jnp.ones((6, 8))}
+    for inner, field in ((optax.scale_by_amsgrad(), "nu_max"), (optax.scale_by_belief(), "Belief")):
+        tx = lorenza(1e-3, rank=2, base_optimizer=inner, moment_transport="rotate")
+        with pytest.raises(ValueError, match=f"'rotate' knows.*{field}"):
+            tx.init(params)
+    for inner in (optax.scale_by_lion(), optax.scale_by_rms(), optax.trace(0.9)):
+        lorenza(1e-3, rank=2, base_optimizer=inner, moment_transport="rotate").init(params)
+
+
+def test_leaves_that_cannot_be_trained_are_named():
+    with pytest.raises(TypeError, match="'table' has dtype int32"):
+        lorenza(1e-3, rank=2).init({"a": jnp.ones((4, 6)), "table": jnp.zeros(3, jnp.int32)})
+    masked = optax.masked(lorenza(1e-3, rank=2), {"a": True, "table": False})
+    masked.init({"a": jnp.ones((4, 6)), "table": jnp.zeros(3, jnp.int32)})
+
+
+def test_a_state_of_another_rank_or_tree_says_what_differs():
+    params = {"a": jnp.ones((6, 8))}
+    state = lorenza(1e-3, rank=2).init(params)
+    with pytest.raises(ValueError, match=r"holds \(6, 2\) as factor q of leaf 'a'.*\(6, 3\)"):
+        lorenza(1e-3, rank=3).update(params, state, params)
+    with pytest.raises(ValueError, match="factor q of leaf 'b'"):
+        lorenza(1e-3, rank=2).update({"b": params["a"]}, state, {"b": params["a"]})
