@@ -75,7 +75,7 @@ def gradients(params, target):
 
 
 def matrices(tree):
-    """Splits a tree with the shapes of SHAPES into named 2-D float64 arrays, as references see it."""
+    """A tree with the shapes of SHAPES as named 2-D float64 arrays, as references see it."""
     out = {}
     for name, leaf in tree.items():
         array = np.asarray(leaf, np.float64)

@@ -272,13 +272,13 @@ def test_a_scan_in_bfloat16_is_widened_as_a_whole():
         updates, state = tx.update(None, state, params, value_fn=loss)
     assert bool(state[0].ascent.perturbed)
     chex.assert_trees_all_equal_dtypes(updates, params)
-    fixed = lambda p: (
-        loss(jax.tree.map(lambda x: x, p))
-        + jnp.sum(  # noqa: E731
+
+    def fixed(p):
+        return loss(jax.tree.map(lambda x: x, p)) + jnp.sum(
             jax.lax.scan(lambda x, w: (x @ w, None), jnp.ones((1, 12), jnp.bfloat16), p["layers"])[
                 0
             ]
         ).astype(jnp.float32)
-    )
+
     with pytest.raises(TypeError, match="does not accept float32 parameters"):
         tx.update(None, state, params, value_fn=fixed)

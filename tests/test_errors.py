@@ -64,7 +64,7 @@ def test_bad_arguments_of_the_gradient():
 
 
 def test_inject_hyperparams_without_static_args_says_so():
-    with pytest.raises(TypeError, match=r"rank must be an int.*STRUCTURAL_ARGS"):
+    with pytest.raises(TypeError, match=r"must be an int.*STRUCTURAL_ARGS"):
         optax.inject_hyperparams(lorenza)(1e-3, rank=4).init(problems.params())
 
 
@@ -81,7 +81,7 @@ def test_a_base_optimizer_that_needs_params(inner):
     [
         optax.scale_by_lion(), optax.scale_by_rms(), optax.trace(0.9), optax.scale_by_amsgrad(),
         optax.scale_by_adan(), optax.scale_by_yogi(), optax.scale_by_sm3(), optax.identity(),
-        optax.chain(optax.clip(1.0), optax.scale_by_adam()), optax.contrib.scale_by_muon(),
+        optax.chain(optax.clip(1.0), optax.scale_by_adam()), optax.scale_by_adamax(),
     ],
     ids=lambda inner: inner.update.__qualname__.split(".")[0],
 )  # fmt: skip
@@ -119,5 +119,5 @@ def test_a_state_of_another_rank_or_tree_says_what_differs():
     state = lorenza(1e-3, rank=2).init(params)
     with pytest.raises(ValueError, match=r"holds \(6, 2\) as factor q of leaf 'a'.*\(6, 3\)"):
         lorenza(1e-3, rank=3).update(params, state, params)
-    with pytest.raises(ValueError, match="factor q of leaf 'b'"):
+    with pytest.raises(ValueError, match="factor q of leaf 'a'.*need nothing"):
         lorenza(1e-3, rank=2).update({"b": params["a"]}, state, {"b": params["a"]})

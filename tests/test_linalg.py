@@ -86,6 +86,7 @@ def test_bfloat16_is_computed_in_float32():
 def test_jit_and_vmap_give_the_same_and_trace_once():
     stack = jnp.stack([_matrix(24, 40, lambda i: 1.0 / i, seed) for seed in range(3)])
     keys = jax.random.split(KEY, 3)
+    chex.clear_trace_counter()
     traced = chex.assert_max_traces(lambda a, k: randomized_svd(a, 5, k), n=1)
     compiled = jax.jit(jax.vmap(traced))
     batched = compiled(stack, keys)

@@ -46,6 +46,7 @@ def mixed(dtype):
 def test_accepts_extra_args_and_does_not_recompile(name):
     opt = OPTIMIZERS[name]()
     initial, _, objective = rosenbrock(jnp.float32)
+    chex.clear_trace_counter()
 
     @jax.jit
     @chex.assert_max_traces(n=1)

@@ -76,7 +76,7 @@ def _check(history, expected, rtol):
         )
 
 
-COMMON = dict(rank=RANK, update_proj_gap=GAP, rho=0.1, mu=1e-2, seed=3)
+COMMON = {"rank": RANK, "update_proj_gap": GAP, "rho": 0.1, "mu": 1e-2, "seed": 3}
 CASES = [
     pytest.param(side, transport, "discard", {}, id=f"{side}-{transport}")
     for side, transport in itertools.product(
@@ -86,7 +86,9 @@ CASES = [
     pytest.param("std", "keep", "fira", {}, id="fira"),
     pytest.param("reverse_std", "keep", "sumo", {}, id="sumo"),
     pytest.param("std", "keep", "discard", {"num_probes": 3, "estimator": "jvp"}, id="jvp-3"),
-    pytest.param("std", "keep", "discard", {"num_probes": 2, "estimator": "forward"}, id="forward-2"),
+    pytest.param(
+        "std", "keep", "discard", {"num_probes": 2, "estimator": "forward"}, id="forward-2"
+    ),
     pytest.param(
         "std", "rotate", "discard", {"perturb_every": 2, "scale": 0.25, "weight_decay": 0.1},
         id="perturb_every-scale-decay",

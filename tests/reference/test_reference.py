@@ -17,7 +17,7 @@ def run_lorenza(params, loss, grad, **changes):
         "rho": 0.0,
         "mu": 1e-3,
         "num_probes": 2,
-        "probes": gaussian_probes({name: (2,) for name in params}),
+        "probes": gaussian_probes(dict.fromkeys(params, (2,))),
         "proj_type": "std",
         "transport": "keep",
         "estimator": "jvp",

@@ -1,0 +1,107 @@
+"""Learning rates for the main job: trains the tiny Llama with each trial and keeps every result.
+
+    python benchmarks/pretrain_tuning.py                      # the grid below
+    python benchmarks/pretrain_tuning.py --trial lorenza learning_rate=2e-2 update_proj_gap=10
+
+Each trial is the default run of examples/pretrain.py (same model, text, batches and steps) with
+other hyperparameters. Results are added to benchmarks/results/pretrain_tuning.json as they come;
+a trial that is there already, on this machine and these versions, is not run again.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT.parent / "examples"))
+
+import optax  # noqa: E402
+
+import corpus  # noqa: E402
+import lorenza_optax  # noqa: E402
+import machine  # noqa: E402
+import optimizers  # noqa: E402
+import pretrain  # noqa: E402
+import reporting  # noqa: E402
+import training  # noqa: E402
+
+RESULTS = ROOT / "results" / "pretrain_tuning.json"
+GRID = [
+    *(("adamw", {"learning_rate": rate}) for rate in (2e-3, 3e-3, 5e-3, 8e-3)),
+    ("lorenza", {"learning_rate": 1e-2}),
+    ("lorenza", {"learning_rate": 2e-2}),
+    ("lorenza", {"learning_rate": 5e-3, "scale": 2.0}),
+    ("lorenza", {"learning_rate": 5e-3, "scale": 4.0}),
+    ("lorenza", {"learning_rate": 1e-2, "update_proj_gap": 10}),
+    ("lorenza", {"learning_rate": 1e-2, "update_proj_gap": 50}),
+]
+FACTORIES = {
+    "adamw": optax.adamw,
+    "lorenza": lorenza_optax.lorenza,
+    "lorenza_plus": lorenza_optax.lorenza_plus,
+    "adazo_sam": lorenza_optax.adazo_sam,
+}
+
+
+def run_trial(name, hyperparameters, plan, data, display):
+    """Trains with `name(**hyperparameters)`; what is not given is as in the main job."""
+    defaults = {"weight_decay": optimizers.WEIGHT_DECAY}
+    if name.startswith("lorenza"):
+        defaults |= {
+            "rank": plan.settings.rank,
+            "update_proj_gap": plan.settings.update_proj_gap,
+            "rho": plan.settings.rho,
+        }
+    kwargs = defaults | hyperparameters
+    peak = kwargs.pop("learning_rate")
+    entry = optimizers.OPTIMIZERS[name]._replace(
+        build=lambda schedule, settings: FACTORIES[name](schedule, **kwargs)
+    )
+    label = " ".join([name, *(f"{k}={v}" for k, v in hyperparameters.items())])
+    with tempfile.TemporaryDirectory() as folder:
+        optimizers.OPTIMIZERS[label] = entry
+        result = training.train(label, peak, plan, data, folder, display)
+        del optimizers.OPTIMIZERS[label]
+    return result | {"optimizer": name}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--trial", nargs="+", action="append", metavar="NAME KEY=VALUE")
+    arguments = parser.parse_args()
+    trials = GRID
+    if arguments.trial:
+        trials = []
+        for name, *pairs in arguments.trial:
+            parsed = {k: _parse(v) for k, v in (pair.split("=") for pair in pairs)}
+            trials.append((name, parsed))
+
+    plan = pretrain.make_plan(pretrain.parse_arguments([]))
+    documents, description = corpus.read_documents(None)
+    data = corpus.tokenize(documents, description, "bytes", 256, plan.seq_len)
+    where = {"machine": machine.describe(), "versions": machine.versions()}
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    display = reporting.Display()
+    for name, hyperparameters in trials:
+        key = {"trial": [name, hyperparameters], "corpus": data.fingerprint, **where}
+        if any(all(row[field] == value for field, value in key.items()) for row in stored):
+            continue
+        result = run_trial(name, hyperparameters, plan, data, display)
+        stored.append({**key, "result": result})
+        RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+        display.note(f"{name} {hyperparameters}: {result['validation_loss']:.4f}")
+
+
+def _parse(text):
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+if __name__ == "__main__":
+    main()

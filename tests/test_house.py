@@ -1,0 +1,99 @@
+"""The rules of the house: formatting, types, layers, private imports, sizes, public names."""
+
+import ast
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import lorenza_optax
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "lorenza_optax"
+
+# Lower modules first: each may import those before it only.
+LAYERS = [
+    "_checks",
+    "_mesh",
+    "_linalg",
+    "_matrix_view",
+    "_plan",
+    "_subspace",
+    "_refresh",
+    "_transport",
+    "_residual",
+    "_inner",
+    "_ascent",
+    "_config",
+    "_gradient",
+    "_step",
+    "_low_rank",
+    "_lorenza",
+    "_lorenza_plus",
+    "_zo_sam",
+    "_perturbed",
+    "__init__",
+]
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def test_imports_point_down():
+    modules = {path.stem: path for path in PACKAGE.glob("*.py")}
+    assert set(modules) == set(LAYERS)
+    for name, path in modules.items():
+        below = LAYERS[: LAYERS.index(name)]
+        own = {m.split(".")[1] for m in _imports(path) if m.startswith("lorenza_optax.")}
+        assert own <= set(below), f"{name} imports {own - set(below)}"
+
+
+def test_no_private_imports_and_no_flax():
+    for path in PACKAGE.rglob("*.py"):
+        for module in _imports(path):
+            assert not module.startswith(("optax._src", "jax._src", "flax")), f"{path}: {module}"
+
+
+def test_files_stay_short():
+    for folder in ("lorenza_optax", "examples", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 310, path
+
+
+def test_public_names_have_docstrings_with_examples():
+    for name in lorenza_optax.__all__:
+        documented = getattr(lorenza_optax, name)
+        if callable(documented) and name[0].islower():
+            for section in ("Args:", "Returns:", "Raises:", "Examples:"):
+                assert section in documented.__doc__, f"{name} lacks {section}"
+
+
+def _tool(name):
+    beside = pathlib.Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        pytest.fail(f"{name} is not installed: pip install '.[test]'")
+    return found
+
+
+@pytest.mark.parametrize("arguments", [("format", "--check"), ("check",)], ids=" ".join)
+def test_ruff(arguments):
+    done = subprocess.run(
+        [_tool("ruff"), *arguments, "."], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pyright():
+    done = subprocess.run(
+        [_tool("pyright"), "--pythonpath", sys.executable],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
