@@ -24,12 +24,13 @@ __all__ = [
     "FullSpaceAscentState",
     "SubspaceAscentState",
     "bind_value_fn",
+    "check_call",
     "draw_probes",
     "initial_ascent_state",
     "record",
-    "refuse_in_wrappers",
     "step_key",
     "value_and_grad_at_ascent",
+    "without_ascent",
 ]
 
 # Salts that are folded into a step's key, so that its uses are independent.
@@ -91,6 +92,11 @@ def record(
     )
 
 
+def without_ascent(state: AscentState) -> AscentState:
+    """The ascent's state after an update on a gradient from outside."""
+    return state._replace(ascent_norm=jnp.zeros((), jnp.float32), perturbed=jnp.zeros((), bool))
+
+
 def step_key(seed: jax.Array, count: jax.Array, salt: int) -> jax.Array:
     """The key of one use in one step: a function of the seed and the count, kept nowhere."""
     key = jax.random.wrap_key_data(seed, impl="threefry2x32")
@@ -117,8 +123,19 @@ def bind_value_fn(
 _WRAPPERS = ("MultiSteps.", "apply_if_finite.")
 
 
-def refuse_in_wrappers(params: Any) -> None:
-    """Raises where a gradient taken inside ``update`` would not be the one that is meant.
+def check_call(updates: Any, params: Any, value_fn: Any) -> None:
+    """Raises where ``update`` lacks an argument, or would not take the gradient that is meant."""
+    if value_fn is None:
+        if updates is None:
+            raise ValueError("update got neither gradients nor value_fn=.")
+        return
+    if params is None:
+        raise ValueError("update(..., value_fn=...) needs params: the point to perturb.")
+    _refuse_in_wrappers(params)
+
+
+def _refuse_in_wrappers(params: Any) -> None:
+    """Raises inside a wrapper that does not hand on all that the gradient depends on.
 
     ``masked`` and ``partition`` show a part of the parameters only; ``MultiSteps`` and
     ``apply_if_finite`` act on gradients that are ignored here. The former are seen in the

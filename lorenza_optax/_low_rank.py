@@ -16,11 +16,12 @@ from lorenza_optax._gradient import (
     FullSpaceAscentState,
     SubspaceAscentState,
     bind_value_fn,
+    check_call,
     draw_probes,
     initial_ascent_state,
     record,
-    refuse_in_wrappers,
     value_and_grad_at_ascent,
+    without_ascent,
 )
 from lorenza_optax._inner import check_inner, store_moments
 from lorenza_optax._mesh import in_auto_mode
@@ -86,19 +87,13 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
         value_fn: Callable[..., Any] | None = None,
         **extra_args: Any,
     ) -> tuple[Any, LowRankState]:
+        check_call(updates, params, value_fn)
         plan = config.plan(updates if params is None else params)
         _check_same_tree(config, plan, state)
         if value_fn is not None:
-            if params is None:
-                raise ValueError("update(..., value_fn=...) needs params: the point to perturb.")
-            refuse_in_wrappers(params)
             updates, ascent_state = at_ascent(plan, state, params, value_fn, extra_args)
-        elif updates is None:
-            raise ValueError("update got neither gradients nor value_fn=.")
         else:
-            ascent_state = state.ascent._replace(
-                perturbed=jnp.zeros((), bool), ascent_norm=jnp.zeros((), jnp.float32)
-            )
+            ascent_state = without_ascent(state.ascent)
         gradients, stage_state = updates, state.gradient_transform
         if stage is not None:
             gradients, stage_state = stage.update(updates, stage_state, params, **extra_args)

@@ -15,11 +15,12 @@ from lorenza_optax._config import LowRankConfig
 from lorenza_optax._gradient import (
     FullSpaceAscentState,
     bind_value_fn,
+    check_call,
     draw_probes,
     initial_ascent_state,
     record,
-    refuse_in_wrappers,
     value_and_grad_at_ascent,
+    without_ascent,
 )
 from lorenza_optax._low_rank import low_rank
 from lorenza_optax._plan import leaves_by_path
@@ -121,17 +122,10 @@ def zo_sam_perturbation(
         value_fn: Callable[..., Any] | None = None,
         **extra_args: Any,
     ) -> tuple[Any, ZoSamState]:
+        check_call(updates, params, value_fn)
         count = optax.safe_increment(state.count)
         if value_fn is None:
-            if updates is None:
-                raise ValueError("update got neither gradients nor value_fn=.")
-            plain = state.ascent._replace(
-                perturbed=jnp.zeros((), bool), ascent_norm=jnp.zeros((), jnp.float32)
-            )
-            return updates, ZoSamState(count, plain)
-        if params is None:
-            raise ValueError("update(..., value_fn=...) needs params: the point to perturb.")
-        refuse_in_wrappers(params)
+            return updates, ZoSamState(count, without_ascent(state.ascent))
         directions = full_space(leaves_by_path(params))
         value, gradients, norm, perturbed = value_and_grad_at_ascent(
             bind_value_fn(value_fn, extra_args),
