@@ -71,7 +71,8 @@ class Probe(NamedTuple):
     keys: jax.Array | None
 
     def scaled(self, factor: jax.typing.ArrayLike) -> Probe:
-        return self._replace(weights=jax.tree.map(lambda w: factor * w, self.weights))
+        scaled = jax.tree.map(lambda w: (factor * w).astype(w.dtype), self.weights)
+        return self._replace(weights=scaled)
 
 
 class Directions(NamedTuple):
@@ -126,7 +127,9 @@ def in_subspace(
         return in_auto_mode(build, probe.weights, *factors, like=like)
 
     def combine(slopes: jax.Array, probes: Probe) -> Probe:
-        mean = lambda u: jnp.tensordot(slopes, u, axes=1) / slopes.shape[0]  # noqa: E731
+        def mean(u: jax.Array) -> jax.Array:
+            return jnp.tensordot(slopes.astype(u.dtype), u, axes=1) / slopes.shape[0]
+
         return Probe(jax.tree.map(mean, probes.weights), None)
 
     def norm(probe: Probe) -> jax.Array:
@@ -172,7 +175,8 @@ def full_space(params: Mapping[str, jax.Array]) -> Directions:
 
     def combine(slopes: jax.Array, probes: Probe) -> Probe:
         assert probes.keys is not None
-        return Probe(slopes / slopes.shape[0] * probes.weights[:, 0], probes.keys[:, 0])
+        weights = slopes.astype(jnp.float32) / slopes.shape[0] * probes.weights[:, 0]
+        return Probe(weights, probes.keys[:, 0])
 
     def norm(probe: Probe) -> jax.Array:
         squares = [jnp.sum(leaf * leaf) for leaf in direction(probe).values()]
@@ -209,7 +213,9 @@ def displace(params: Any, direction: Mapping[str, jax.Array], factor: jax.typing
     """θ + factor · direction, in the dtype of the direction where that is wider."""
     arrays = leaves_by_path(params)
     moved = [
-        leaf + factor * direction[path] if path in direction else leaf
+        leaf + (factor * direction[path]).astype(direction[path].dtype)
+        if path in direction
+        else leaf
         for path, leaf in arrays.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(params), moved)

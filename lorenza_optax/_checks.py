@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -44,6 +45,15 @@ def check_number(name: str, value: Any, *, above: float | None = None) -> None:
         raise ValueError(f"{name} must be finite, got {number}.")
     if above is not None and number <= above:
         raise ValueError(f"{name} must be above {above}, got {number}.")
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raises unless ``value`` is None or an Optax transformation."""
+    if value is not None and not (hasattr(value, "init") and hasattr(value, "update")):
+        call = f" Call it: {value.__name__}(...)." if inspect.isfunction(value) else ""
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, got {type(value).__name__}.{call}"
+        )
 
 
 def check_not_injected(name: str, value: Any) -> None:

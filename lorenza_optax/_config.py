@@ -15,6 +15,7 @@ from lorenza_optax._checks import (
     check_int,
     check_not_injected,
     check_number,
+    check_transformation,
 )
 from lorenza_optax._inner import MOMENT_DTYPES, check_sign
 from lorenza_optax._matrix_view import PROJ_TYPES
@@ -34,6 +35,7 @@ class LowRankConfig:
 
     Attributes:
       inner: The optimizer of the low-rank gradients, and of the other leaves.
+      decays: (β₁, β₂) where ``inner`` is known to be Adam, for ``moment_transport="rotate"``.
       in_full_space: Project nothing, and look for the ascent in all parameters.
       residual: What happens outside the subspace, a name in ``RESIDUALS``.
     """
@@ -42,6 +44,7 @@ class LowRankConfig:
     update_proj_gap: int
     inner: optax.GradientTransformationExtraArgs
     ascent: AscentConfig
+    decays: tuple[Any, Any] | None = None
     in_full_space: bool = False
     subspace: str = "randomized_svd"
     proj_type: str = "std"
@@ -63,6 +66,7 @@ class LowRankConfig:
         check_choice("moment_transport", self.moment_transport, TRANSPORTS)
         check_choice("residual", self.residual, tuple(RESIDUALS))
         check_number("scale", self.scale)
+        check_transformation("gradient_transform", self.gradient_transform)
         check_not_injected("weight_dimension_numbers", self.weight_dimension_numbers)
         check_float_dtype("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
         check_float_dtype("moment_dtype", self.moment_dtype, MOMENT_DTYPES)

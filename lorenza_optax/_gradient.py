@@ -191,6 +191,7 @@ def _evaluation_point(loss: Callable[[Any], Any], params: Any, paths: frozenset[
     mixed = {path: wide[path] if path in paths else leaf for path, leaf in arrays.items()}
     if all(leaf.dtype == mixed[path].dtype for path, leaf in arrays.items()):
         return params
+    jax.eval_shape(loss, params)  # what is wrong with the loss itself is raised as it is
     failure: Exception | None = None
     for candidate in (mixed, wide):
         point = jax.tree.unflatten(treedef, list(candidate.values()))
@@ -205,6 +206,18 @@ def _evaluation_point(loss: Callable[[Any], Any], params: Any, paths: frozenset[
         " away. Let it cast its activations where it needs a fixed dtype (a scan's carry), or"
         " pass rho=0."
     ) from failure
+
+
+def _varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
+    """Marks a leaf as different on each device of a mapped axis.
+
+    ``shard_map`` sums the gradient of what it knows to be replicated over the axis; the mean
+    that is meant would then be of sums.
+    """
+    axes = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    known = getattr(jax.typeof(leaf), "vma", frozenset())
+    missing = tuple(axis for axis in axes if axis not in known)
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
 
 def value_and_grad_at_ascent(
@@ -259,6 +272,8 @@ def value_and_grad_at_ascent(
         perturbed &= norm > 0
         ascent = Probe(weights, None if probes.keys is None else probes.keys[:, 0])
         point = displace(center, directions.direction(ascent.scaled(rho)), 1)
+    if config.axis_name is not None:
+        point = jax.tree.map(lambda leaf: _varying(leaf, config.axis_name), point)
     value, grads = jax.value_and_grad(checked, has_aux=has_aux)(point)
     if config.axis_name is not None:
         grads = jax.lax.pmean(grads, config.axis_name)

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from lorenza_optax._ascent import AscentConfig
-from lorenza_optax._checks import check_not_injected
+from lorenza_optax._checks import check_not_injected, check_transformation
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._low_rank import low_rank
 
@@ -144,9 +144,15 @@ def scale_by(
     config = AscentConfig(
         rho, mu, num_probes, ascent, estimator, probe_batch_size, perturb_every, axis_name
     )
+    check_transformation("base_optimizer", base_optimizer)
     inner = optax.scale_by_adam(b1, b2, eps) if base_optimizer is None else base_optimizer
     return low_rank(
-        LowRankConfig(inner=optax.with_extra_args_support(inner), ascent=config, **axes)
+        LowRankConfig(
+            inner=optax.with_extra_args_support(inner),
+            decays=(b1, b2) if base_optimizer is None else None,
+            ascent=config,
+            **axes,
+        )
     )
 
 
@@ -200,8 +206,8 @@ def lorenza(
 
     Positive ρ ascends, as in SAM; the published formula has a minus sign in front of the sum,
     which a negative ρ gives. If A is zero or not finite the step is not perturbed. A gradient
-    that is not finite skips the step: no update, nothing in the state but the counts changes,
-    and a refresh that was due stays due.
+    that is not finite skips the step: a zero update (only weight decay, a later stage, acts), no
+    change of factors and moments, and a refresh that was due stays due.
 
     Two ways to take the gradient at the perturbed point: pass ``value_fn`` (and the arguments
     that it names) to ``update``, which then ignores the gradient it is given (None will do);

@@ -60,7 +60,7 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
             check_inner(config.inner, example)
         projected = config.inner.init(low)
         if config.moment_transport == "rotate":
-            check_rotatable(projected, set(low))
+            check_rotatable(config.inner, projected, jax.tree.map(jnp.shape, low))
         q, r = _empty_factors(config, plan)
         norms = {path: jnp.zeros(leaf.matrix.batch) for path, leaf in plan.projected.items()}
         kind = FullSpaceAscentState if config.in_full_space else SubspaceAscentState

@@ -159,7 +159,9 @@ def _directions(
         views, q, r = {**views, **own}, {**q, **left}, {**r, **right}
         family = in_subspace(own, left, right, arrays)
         weights |= _draw(family, state, config).weights
-    ready = jnp.all(jnp.stack([_array(state.last_refresh) >= 0 for state in states]))
+    # A state whose leaves all run in full never refreshes, and has nothing to wait for.
+    refreshed = [_array(state.last_refresh) >= 0 for state in states if state.q]
+    ready = jnp.all(jnp.stack([jnp.ones((), bool), *refreshed]))
     return in_subspace(views, q, r, arrays), Probe(weights, None), ready
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,14 +14,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorenza_optax._checks import check_choice, check_int
 from lorenza_optax._matrix_view import (
+    PROJ_TYPES,
     MatrixView,
     WeightDimensionNumbers,
     is_dimension_numbers,
     matrix_view,
 )
 
-__all__ = ["LeafPlan", "ProjectionPlan", "path_string", "projection_plan"]
+__all__ = ["LeafPlan", "ProjectionPlan", "projection_plan"]
 
 # Last path keys of leaves that are not the matrix of a linear map, whatever their shape:
 # an embedding is a table of rows, and scanned layers stack scales and biases to two dimensions.
@@ -29,22 +32,21 @@ NOT_PROJECTED = ("embedding", "scale", "bias")
 DimensionNumbers = Any | Callable[[Any], Any] | None
 
 
-def path_string(path: tuple[Any, ...]) -> str:
-    """A leaf's path as text, the same for a tree and for the same tree with boxed leaves.
-
-    NNX hands ``init`` a tree of Variables, whose leaves lie at ``['kernel'].value``, and
-    ``update`` one of arrays, at ``['kernel']``; linen's partitioning boxes do likewise.
-    """
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
-
-
 def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """A tree's leaves by path, in the order of ``jax.tree.leaves``."""
+    """A tree's leaves by path, in the order of ``jax.tree.leaves``.
+
+    The paths are the same for a tree and for the same tree with boxed leaves: NNX hands
+    ``init`` a tree of Variables, whose leaves lie at ``['kernel'].value``, and ``update`` one of
+    arrays, at ``['kernel']``; linen's partitioning boxes do likewise.
+    """
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    below = Counter(path[:depth] for path, _ in found for depth in range(len(path)))
     leaves: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
-        name = path_string(path)
+    for path, leaf in found:
+        # A box holds one leaf; a NamedTuple with a field `value` holds others beside it.
+        if path and path[-1] == jax.tree_util.GetAttrKey("value") and below[path[:-1]] == 1:
+            path = path[:-1]
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
         if name in leaves:
             raise ValueError(f"Two leaves of the tree have the path {name!r}: rename one of them.")
         leaves[name] = leaf
@@ -198,7 +200,8 @@ def projection_plan(
       numbers of state kept (both factors and two moments) and Adam's.
 
     Raises:
-      ValueError: If dimension numbers do not fit a leaf or name one that is not there.
+      ValueError: For a rank below 1 or an unknown ``proj_type``; if dimension numbers do not
+        fit a leaf or name one that is not there.
       TypeError: If a leaf is not an array of real floats.
 
     Examples:
@@ -211,6 +214,8 @@ def projection_plan(
       kernel  (64, 96)  (64, 96)     left     8  2,816  12,288
       total                                      3,008  12,480  0.24 of Adam's
     """
+    check_int("rank", rank, 1)
+    check_choice("proj_type", proj_type, PROJ_TYPES)
     arrays = leaves_by_path(params)
     numbers = dimension_numbers_by_path(weight_dimension_numbers, params, arrays)
     leaves = {}
@@ -282,7 +287,12 @@ def dimension_numbers_by_path(
             )
     chosen: dict[str, Any] = dict.fromkeys(arrays)
     for prefix, value in given.items():
-        below = [p for p in arrays if p == prefix or p.startswith(prefix + "/")]
+        # As for the whole tree, biases and the like below a prefix are left out.
+        below = [
+            p
+            for p, array in arrays.items()
+            if p == prefix or (p.startswith(prefix + "/") and getattr(array, "ndim", 0) >= 2)
+        ]
         if is_dimension_numbers(value):
             if not below and not has_masked_nodes(params):
                 raise ValueError(

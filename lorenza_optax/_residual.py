@@ -17,6 +17,9 @@ from lorenza_optax._subspace import lift
 __all__ = ["RESIDUALS", "keeps_norm"]
 
 FIRA_LIMIT = 1.01
+# A column of which the subspace holds less than this share tells nothing of its scale: what is
+# left of it is round-off, and φ was seen to reach 1e6.
+FIRA_LEAST_SHARE = 1e-3
 SUMO_LIMIT = 1.1
 
 Residual = Callable[..., tuple[jax.Array, jax.Array | None]]
@@ -43,6 +46,8 @@ def fira(
 ) -> tuple[jax.Array, jax.Array | None]:
     r"""P N + φ ∘ (G - P Pᵀ G), with φ_j = ‖N_:j‖ / ‖ĝ_:j‖ a column, its growth limited to 1.01.
 
+    φ_j is 0 where the subspace holds less than a thousandth of a column's norm.
+
     Args:
       gradient: G, ([b,] k, l).
       projector: P, ([b,] k, r).
@@ -56,7 +61,9 @@ def fira(
     assert norm is not None
     low_norm = jnp.linalg.norm(low, axis=-2, keepdims=True)
     inner_norm = jnp.linalg.norm(inner, axis=-2, keepdims=True)
-    phi = jnp.where(low_norm > 0, inner_norm / jnp.where(low_norm > 0, low_norm, 1), 0)
+    whole_norm = jnp.linalg.norm(gradient, axis=-2, keepdims=True)
+    held = low_norm > FIRA_LEAST_SHARE * whole_norm
+    phi = jnp.where(held, inner_norm / jnp.where(held, low_norm, 1), 0)
     added, norm = _limit_growth(phi * (gradient - lift(projector, low)), norm, FIRA_LIMIT)
     return lift(projector, inner) + added, norm
 

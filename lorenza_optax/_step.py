@@ -179,7 +179,7 @@ def _refresh(
         projector = plan.leaves[path].matrix.projector(new_q, new_r)
         overlap = project(projector, old[path].astype(projector.dtype))
         q[path], r[path], overlaps[path] = align_signs(new_q, new_r, overlap)
-    carried = transport(config.moment_transport, moments, initial, overlaps)
+    carried = transport(config.moment_transport, moments, initial, overlaps, config.decays)
     new = (
         {path: q[path].astype(kept.dtype) for path, kept in state.q.items()},
         {path: r[path].astype(kept.dtype) for path, kept in state.r.items()},

@@ -162,8 +162,8 @@ def adazo_sam(
     r"""AdaZo-SAM: Adam on the gradient at an ascent point found by forward passes.
 
     The full-space sibling of :func:`lorenza`: the perturbation of :func:`zo_sam_perturbation`,
-    then Adam with decoupled weight decay. It keeps Adam's state, and a gradient that is not
-    finite skips the step.
+    then Adam with decoupled weight decay. It keeps Adam's state; a gradient that is not
+    finite leaves it as it is and gives a zero update (only weight decay acts).
 
     Args:
       learning_rate: Step size γ, a float or a schedule.

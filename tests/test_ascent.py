@@ -245,11 +245,15 @@ def test_a_step_that_is_not_perturbed_makes_one_evaluation():
 
 def test_mu_may_be_scheduled():
     _, params, target, state = _setup()
-    tx = lorenza_optax.scale_by_lorenza(
-        rank=4, mu=optax.linear_schedule(1e-2, 1e-3, 5), estimator="central"
-    )
-    _, new = tx.update(None, state, params, value_fn=problems.quadratic, target=target)
-    assert bool(new.ascent.perturbed)
+    schedule = optax.linear_schedule(1.0, 0.5, 5)
+    norms = []
+    for mu in (schedule, float(schedule(1)), float(schedule(0))):
+        # A forward difference of a quadratic depends on μ.
+        tx = lorenza_optax.scale_by_lorenza(rank=4, mu=mu, estimator="forward")
+        _, new = tx.update(None, state, params, value_fn=problems.quadratic, target=target)
+        norms.append(float(new.ascent.ascent_norm))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert norms[0] != pytest.approx(norms[2], rel=1e-3)
 
 
 def test_a_scan_in_bfloat16_is_widened_as_a_whole():

@@ -321,7 +321,9 @@ def test_nnx_optimizer(method):
     assert jax.tree.structure(nnx.as_pure(optimizer.opt_state)) == structure
 
 
-def test_shard_map_averages_over_the_named_axis():
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("make", ["lorenza", "zo_sam_perturbation"])
+def test_shard_map_averages_over_the_named_axis(make, check_vma):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     params = problems.params(shapes={"a": (12, 20)})
     x = jax.random.normal(jax.random.key(0), (64, 12))
@@ -337,14 +339,20 @@ def test_shard_map_averages_over_the_named_axis():
         if shard:
             step = jax.shard_map(
                 step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P(), P()),
-                check_vma=False,
+                check_vma=check_vma,
             )  # fmt: skip
         p, state = params, tx.init(params)
         step = jax.jit(step)
         for _ in range(3):
             p, state = step(p, state, x)
-        return p, state[0].ascent.value
+        return p, optax.tree.get(state, "value")
 
-    whole = train(lorenza_optax.lorenza(1e-2, rank=4), False)
-    sharded = train(lorenza_optax.lorenza(1e-2, rank=4, axis_name="data"), True)
+    def build(**kwargs):  # plain gradient descent, which a wrong factor would show in
+        if make == "lorenza":
+            kwargs |= {"rank": 4, "base_optimizer": optax.identity()}
+            return lorenza_optax.lorenza(1.0, **kwargs)
+        return optax.chain(lorenza_optax.zo_sam_perturbation(**kwargs), optax.sgd(1.0))
+
+    whole = train(build(), False)
+    sharded = train(build(axis_name="data"), True)
     chex.assert_trees_all_close(whole, sharded, rtol=1e-3, atol=1e-4)

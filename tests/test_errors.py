@@ -34,6 +34,13 @@ from tests import problems
         ({"moment_dtype": "float16"}, ValueError, "moment_dtype must be None or one of float32"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"base_optimizer": optax.adam(1e-3)}, ValueError, "parameters would ascend"),
+        (
+            {"base_optimizer": optax.adam(optax.linear_schedule(0, 1e-3, 10))},
+            ValueError,
+            "parameters would ascend",
+        ),
+        ({"base_optimizer": optax.scale_by_adam}, TypeError, r"scale_by_adam\(...\)"),
+        ({"gradient_transform": optax.zero_nans}, TypeError, r"gradient_transform.*zero_nans\("),
         ({"rank": jnp.asarray(4)}, TypeError, "static_args=lorenza_optax.STRUCTURAL_ARGS"),
         ({"mask": jnp.asarray(1.0)}, TypeError, "mask must not be an array.*STRUCTURAL_ARGS"),
     ],
@@ -97,14 +104,33 @@ def test_any_scale_by_transformation_goes_inside(inner):
     assert problems.quadratic(params, jax.tree.map(jnp.zeros_like, params)) < before
 
 
+def test_a_base_optimizer_that_needs_an_extra_argument_gets_it():
+    params = {"a": jnp.ones((6, 8))}
+    inner = optax.chain(optax.scale_by_adam(), optax.contrib.reduce_on_plateau())
+    tx = lorenza(1e-2, rank=2, base_optimizer=inner)
+    updates, _ = tx.update(params, tx.init(params), params, value=1.0)
+    assert jnp.linalg.norm(updates["a"]) > 0
+
+
 def test_rotate_refuses_states_that_it_does_not_know():
     params = {"a": jnp.ones((6, 8))}
-    for inner, field in ((optax.scale_by_amsgrad(), "nu_max"), (optax.scale_by_belief(), "Belief")):
+    for inner, field in (
+        (optax.scale_by_amsgrad(), "nu_max"),
+        (optax.scale_by_belief(), "no mean of squared gradients"),
+        (optax.scale_by_adamax(), "no mean of squared gradients"),
+        (optax.scale_by_sm3(), "SM3"),
+    ):
         tx = lorenza(1e-3, rank=2, base_optimizer=inner, moment_transport="rotate")
         with pytest.raises(ValueError, match=f"'rotate' knows.*{field}"):
             tx.init(params)
     for inner in (optax.scale_by_lion(), optax.scale_by_rms(), optax.trace(0.9)):
-        lorenza(1e-3, rank=2, base_optimizer=inner, moment_transport="rotate").init(params)
+        tx = lorenza(
+            1e-3, rank=2, update_proj_gap=1, base_optimizer=inner, moment_transport="rotate"
+        )
+        state = tx.init(params)
+        for _ in range(2):
+            _, state = tx.update(params, state)
+        assert int(state[0].last_refresh) == 1
 
 
 def test_leaves_that_cannot_be_trained_are_named():

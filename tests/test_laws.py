@@ -94,6 +94,53 @@ def test_rotate_with_an_unchanged_subspace_changes_nothing():
     chex.assert_trees_all_close(kept, rotated, atol=3e-3)
 
 
+@pytest.mark.parametrize("moment_transport", ["keep", "reset", "rotate"])
+@pytest.mark.parametrize("inner", [None, optax.scale_by_adam()], ids=["known", "unknown"])
+def test_steps_do_not_explode_at_a_refresh(moment_transport, inner):
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((24, 32))
+    gradients = [
+        {"a": jnp.asarray(base + 0.5 * rng.standard_normal((24, 32)), jnp.float32)}
+        for _ in range(60)
+    ]
+    tx = scale_by_lorenza(
+        rank=4, update_proj_gap=10, moment_transport=moment_transport, base_optimizer=inner
+    )
+    history, _ = _run(tx, gradients)
+    sizes = [float(jnp.linalg.norm(updates["a"])) for updates in history]
+    assert max(sizes) < 1.5 * sizes[0], sizes
+
+
+def test_fira_does_not_scale_up_round_off():
+    """Columns that the subspace does not hold at all have no scale to be recovered by."""
+    rng = np.random.default_rng(0)
+    block = np.zeros((12, 20))
+    block[:4, :10], block[4:, 10:] = rng.standard_normal((4, 10)), 0.01
+    gradients = [{"a": jnp.asarray(block, jnp.float32)}] * 3
+    history, _ = _run(lorenza_plus(1.0, rank=4), gradients)
+    assert max(float(jnp.abs(updates["a"]).max()) for updates in history) < 10
+
+
+def test_x64_mode_with_float32_parameters():
+    with jax.enable_x64(True):
+        params = {"a": jnp.ones((8, 9), jnp.float32), "bias": jnp.ones(9, jnp.bfloat16)}
+        target = jax.tree.map(jnp.zeros_like, params)
+        schedule = optax.constant_schedule(jnp.asarray(0.05, jnp.float64))
+        for tx in (
+            lorenza(1e-2, rank=2, rho=schedule, mu=schedule, estimator="central"),
+            adazo_sam(1e-2, rho=schedule, num_probes=2),
+        ):
+            state = tx.init(params)
+            for _ in range(2):
+                updates, new = tx.update(
+                    None, state, params, value_fn=problems.quadratic, target=target
+                )
+                chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+                chex.assert_trees_all_equal_dtypes(updates, params)
+                state = new
+            assert bool(state[0].ascent.perturbed)
+
+
 def test_reset_restarts_the_projected_state_only():
     gradients = _gradients(4)
     _, state = _run(

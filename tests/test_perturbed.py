@@ -154,6 +154,24 @@ def test_several_states_share_one_norm():
     assert all(np.any(epsilon[name] != 0) for name in problems.SHAPES if name != "bias")
 
 
+def test_a_state_that_projects_nothing_does_not_stop_the_others():
+    labels = {name: "bias" if name == "bias" else "rest" for name in problems.SHAPES}
+    tx = optax.partition(
+        {"rest": lorenza(1e-2, rank=3, **ASCENT), "bias": lorenza(1e-2, rank=3)}, labels
+    )
+    params = problems.params()
+    with pytest.warns(UserWarning, match="No leaf is projected"):
+        state = tx.init(params)
+    grads = jax.grad(problems.loss)(params, problems.batch())
+    _, state = tx.update(grads, state, params)
+    loss = lambda p, b: (problems.loss(p, b), p)  # noqa: E731
+    (_, point), _ = perturbed_value_and_grad(loss, has_aux=True, **ASCENT)(
+        params, problems.batch(), opt_state=state
+    )
+    epsilon = jax.tree.map(lambda a, b: a - b, point, params)
+    np.testing.assert_allclose(optax.tree.norm(epsilon), 0.1, rtol=1e-4)
+
+
 def test_opt_state_without_lorenza_or_of_other_parameters():
     params = problems.params()
     gradient = perturbed_value_and_grad(problems.loss, **ASCENT)
@@ -176,15 +194,16 @@ def test_opt_state_without_lorenza_or_of_other_parameters():
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [
-        (lambda p: p["a"][0], TypeError, "real scalar, got float32 of shape"),
+        (lambda p: p["a"][0], TypeError, "real scalar, got b?float(32|16) of shape"),
         (lambda p: jnp.argmax(p["a"]), TypeError, "real scalar, got int32"),
         (lambda p: (jnp.sum(p["a"]), 1), TypeError, "got a tuple.*has_aux=True"),
         (lambda p: None, TypeError, "got NoneType"),
     ],
 )
 @pytest.mark.parametrize("rho", [0.0, 0.05])
-def test_value_fn_must_return_a_scalar(loss, error, message, rho):
-    params = {"a": jnp.ones((6, 8))}
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_value_fn_must_return_a_scalar(loss, error, message, rho, dtype):
+    params = {"a": jnp.ones((6, 8), dtype)}
     tx = lorenza(1e-2, rank=2, rho=rho)
     with pytest.raises(error, match=message):
         tx.update(None, tx.init(params), params, value_fn=loss)

@@ -1,6 +1,7 @@
 """The matrix view and the plan."""
 
 import warnings
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -117,6 +118,25 @@ def test_optax_dimension_numbers_prefixes_and_functions():
     assert set(plan.projected) == {"a/x", "a/y", "b"}  # fmt: skip
 
 
+def test_a_prefix_selects_the_matrices_below_it():
+    params = {"d": {"kernel": jnp.ones((8, 9)), "bias": jnp.ones(9)}, "e": jnp.ones((8, 9))}
+    plan = projection_plan(params, 2, weight_dimension_numbers={"d": WeightDimensionNumbers()})
+    assert set(plan.projected) == {"d/kernel"}
+
+
+def test_a_field_called_value_is_no_box():
+    class Heads(NamedTuple):
+        query: Any
+        key: Any
+        value: Any
+
+    params = {"attn": Heads(*(jnp.ones((8, 9)) for _ in range(3)))}
+    numbers = {"attn": Heads(None, None, WeightDimensionNumbers())}
+    plan = projection_plan(params, 2, weight_dimension_numbers=numbers)
+    assert set(plan.leaves) == {"attn/query", "attn/key", "attn/value"}
+    assert set(plan.projected) == {"attn/value"}
+
+
 def test_table_counts_what_is_kept():
     params = {"kernel": jnp.zeros((64, 96)), "bias": jnp.zeros(96), "embedding": jnp.zeros((9, 9))}
     plan = projection_plan(params, rank=8)
@@ -133,6 +153,10 @@ def test_table_counts_what_is_kept():
 
 
 def test_bad_trees_name_the_leaf():
+    with pytest.raises(ValueError, match="proj_type must be one of"):
+        projection_plan({}, 2, proj_type="rigth")
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        projection_plan({}, -1)
     leaf = {"layer": {"kernel": jnp.ones((4, 5))}}
     with pytest.raises(ValueError, match=r"'layer/kernel' do not fit its shape \(4, 5\)"):
         projection_plan(leaf, 2, weight_dimension_numbers=WeightDimensionNumbers(0, 2))

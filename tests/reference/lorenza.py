@@ -89,7 +89,7 @@ def run(
                 factors[k] = align(p, rest, old[k][0]) if old else (p, rest)
             if old:
                 overlaps = {k: factors[k][0].T @ old[k][0] for k in projected}
-                low = transport_moments(low, overlaps, transport)
+                low = transport_moments(low, overlaps, transport, b1, b2)
         # 4. Project, Adam, lift, scale; the other leaves take Adam with a state of their own.
         if not skipped:
             g_low = {k: factors[k][0].T @ g[k] for k in projected}
