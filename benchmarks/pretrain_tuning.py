@@ -35,9 +35,16 @@ GRID = [
     ("lorenza", {"learning_rate": 5e-3, "scale": 2.0}),
     ("lorenza", {"learning_rate": 1e-2, "update_proj_gap": 10}),
     ("lorenza", {"learning_rate": 2e-2, "scale": 0.5}),
-    ("lorenza", {"learning_rate": 1e-2, "moment_transport": "rotate"}),
     ("lorenza", {"learning_rate": 1e-2, "rho": 0.02}),
     ("lorenza", {"learning_rate": 1e-2, "update_proj_gap": 50}),
+    ("lorenza", {"learning_rate": 2e-2, "scale": 0.5, "update_proj_gap": 10}),
+    ("lorenza", {"learning_rate": 3e-2, "scale": 0.33}),
+    ("lorenza", {"learning_rate": 3e-2, "scale": 0.2}),
+    ("lorenza", {"learning_rate": 2e-2, "scale": 0.5, "moment_transport": "rotate"}),
+    ("lorenza", {"learning_rate": 2e-2, "scale": 0.5, "moment_transport": "reset"}),
+    ("lorenza", {"learning_rate": 2e-2, "scale": 0.5, "rho": 0.0}),
+    ("lorenza_plus", {"learning_rate": 2e-2, "scale": 0.5, "add_back": "fira"}),
+    ("lorenza_plus", {"learning_rate": 2e-2, "scale": 0.5, "add_back": "sumo"}),
 ]
 FACTORIES = {
     "adamw": optax.adamw,
@@ -55,6 +62,7 @@ def run_trial(name, hyperparameters, plan, data, display):
             "rank": plan.settings.rank,
             "update_proj_gap": plan.settings.update_proj_gap,
             "rho": plan.settings.rho,
+            "scale": 1.0,
         }
     kwargs = defaults | hyperparameters
     peak = kwargs.pop("learning_rate")

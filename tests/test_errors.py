@@ -129,7 +129,7 @@ def test_rotate_refuses_states_that_it_does_not_know():
         )
         state = tx.init(params)
         for _ in range(2):
-            _, state = tx.update(params, state)
+            _, state = tx.update(params, state, params)
         assert int(state[0].last_refresh) == 1
 
 
