@@ -1,7 +1,8 @@
 """LORENZA and its family: low-rank, sharpness-aware training as Optax transformations."""
 
+from lorenza_optax._arguments import STRUCTURAL_ARGS
 from lorenza_optax._linalg import randomized_svd
-from lorenza_optax._lorenza import STRUCTURAL_ARGS, lorenza, scale_by_lorenza
+from lorenza_optax._lorenza import lorenza, scale_by_lorenza
 from lorenza_optax._lorenza_plus import lorenza_plus
 from lorenza_optax._matrix_view import WeightDimensionNumbers
 from lorenza_optax._perturbed import perturbed_value_and_grad

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 
 from lorenza_optax._ascent import (
     AscentConfig,
-    Directions,
-    Probe,
     displace,
     estimate_ascent,
 )
 from lorenza_optax._checks import value_at
-from lorenza_optax._plan import has_masked_nodes, leaves_by_path
+from lorenza_optax._directions import Directions, Probe
+from lorenza_optax._paths import has_masked_nodes, leaves_by_path
 
 __all__ = [
     "FullSpaceAscentState",

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import optax
 
+from lorenza_optax._arguments import scale_by, with_decay
 from lorenza_optax._checks import check_choice, check_not_injected
-from lorenza_optax._lorenza import scale_by, with_decay
 
 __all__ = ["lorenza_plus"]
 

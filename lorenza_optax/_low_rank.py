@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorenza_optax._ascent import Directions, full_space, in_subspace
 from lorenza_optax._checks import value_at
 from lorenza_optax._config import LowRankConfig
+from lorenza_optax._directions import Directions, full_space, in_subspace
 from lorenza_optax._gradient import (
     FullSpaceAscentState,
     SubspaceAscentState,
@@ -25,7 +25,8 @@ from lorenza_optax._gradient import (
 )
 from lorenza_optax._inner import check_inner, store_moments
 from lorenza_optax._mesh import in_auto_mode
-from lorenza_optax._plan import ProjectionPlan, leaves_by_path
+from lorenza_optax._paths import leaves_by_path
+from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._residual import keeps_norm
 from lorenza_optax._step import LowRankState, examples, low_rank_step
 from lorenza_optax._transport import check_rotatable

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorenza_optax._ascent import AscentConfig, Directions, Probe, full_space, in_subspace
+from lorenza_optax._ascent import AscentConfig
+from lorenza_optax._directions import Directions, Probe, full_space, in_subspace
 from lorenza_optax._gradient import (
     FullSpaceAscentState,
     draw_probes,
     value_and_grad_at_ascent,
 )
 from lorenza_optax._matrix_view import MatrixView, matrix_view
-from lorenza_optax._plan import dimension_numbers_by_path, leaves_by_path
+from lorenza_optax._paths import leaves_by_path
+from lorenza_optax._plan import dimension_numbers_by_path
 from lorenza_optax._step import LowRankState
 from lorenza_optax._zo_sam import ZoSamState
 

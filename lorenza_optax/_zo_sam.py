@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorenza_optax._ascent import AscentConfig, full_space
+from lorenza_optax._ascent import AscentConfig
 from lorenza_optax._checks import check_int, check_not_injected
 from lorenza_optax._config import LowRankConfig
+from lorenza_optax._directions import full_space
 from lorenza_optax._gradient import (
     FullSpaceAscentState,
     bind_value_fn,
@@ -23,7 +24,7 @@ from lorenza_optax._gradient import (
     without_ascent,
 )
 from lorenza_optax._low_rank import low_rank
-from lorenza_optax._plan import leaves_by_path
+from lorenza_optax._paths import leaves_by_path
 
 __all__ = ["ZoSamState", "adazo_sam", "zo_sam_perturbation"]
 

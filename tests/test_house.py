@@ -19,17 +19,20 @@ LAYERS = [
     "_mesh",
     "_linalg",
     "_matrix_view",
+    "_paths",
     "_plan",
     "_subspace",
     "_refresh",
     "_transport",
     "_residual",
     "_inner",
+    "_directions",
     "_ascent",
     "_config",
     "_gradient",
     "_step",
     "_low_rank",
+    "_arguments",
     "_lorenza",
     "_lorenza_plus",
     "_zo_sam",
@@ -64,7 +67,7 @@ def test_no_private_imports_and_no_flax():
 def test_files_stay_short():
     for folder in ("lorenza_optax", "examples", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
-            assert len(path.read_text().splitlines()) <= 310, path
+            assert len(path.read_text().splitlines()) <= 300, path
 
 
 def test_public_names_have_docstrings_with_examples():

@@ -144,11 +144,10 @@ def test_several_states_share_one_norm():
     )
     params = problems.params()
     grads = jax.grad(problems.loss)(params, problems.batch())
-    _, state = tx.update(grads, tx.init(params), params)
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params)
     loss = lambda p, b: (problems.loss(p, b), p)  # noqa: E731
-    (_, point), _ = perturbed_value_and_grad(loss, has_aux=True, **ASCENT)(
-        params, problems.batch(), opt_state=state
-    )
+    gradient = perturbed_value_and_grad(loss, has_aux=True, **ASCENT)
+    (_, point), _ = jax.jit(lambda p: gradient(p, problems.batch(), opt_state=state))(params)
     epsilon = jax.tree.map(lambda a, b: a - b, point, params)
     np.testing.assert_allclose(optax.tree.norm(epsilon), 0.1, rtol=1e-4)
     assert all(np.any(epsilon[name] != 0) for name in problems.SHAPES if name != "bias")
@@ -163,11 +162,10 @@ def test_a_state_that_projects_nothing_does_not_stop_the_others():
     with pytest.warns(UserWarning, match="No leaf is projected"):
         state = tx.init(params)
     grads = jax.grad(problems.loss)(params, problems.batch())
-    _, state = tx.update(grads, state, params)
+    _, state = jax.jit(tx.update)(grads, state, params)
     loss = lambda p, b: (problems.loss(p, b), p)  # noqa: E731
-    (_, point), _ = perturbed_value_and_grad(loss, has_aux=True, **ASCENT)(
-        params, problems.batch(), opt_state=state
-    )
+    gradient = perturbed_value_and_grad(loss, has_aux=True, **ASCENT)
+    (_, point), _ = jax.jit(lambda p: gradient(p, problems.batch(), opt_state=state))(params)
     epsilon = jax.tree.map(lambda a, b: a - b, point, params)
     np.testing.assert_allclose(optax.tree.norm(epsilon), 0.1, rtol=1e-4)
 

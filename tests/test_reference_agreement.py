@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import lorenza_optax
-from lorenza_optax._ascent import full_space, in_subspace
+from lorenza_optax._directions import full_space, in_subspace
 from lorenza_optax._gradient import PROBE, step_key
 from lorenza_optax._matrix_view import matrix_view
 from tests import problems
@@ -206,12 +206,15 @@ def test_a_skipped_step_agrees_with_the_reference():
 
         params = problems.params(dtype=np.float64)
         state = tx.init(params)
+
+        @jax.jit
+        def step(params, state, batch, bad):
+            return tx.update(None, state, params, value_fn=poisoned, batch=batch, bad=bad)
+
         history = []
         for t in range(STEPS):
-            updates, state = tx.update(
-                None, state, params, value_fn=poisoned, batch=problems.batch(t, np.float64),
-                bad=t in bad_steps,
-            )  # fmt: skip
+            batch = problems.batch(t, np.float64)
+            updates, state = step(params, state, batch, t in bad_steps)
             params = optax.apply_updates(params, updates)
             history.append((params, state[0]))
 
