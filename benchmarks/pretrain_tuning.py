@@ -17,6 +17,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent / "examples"))
 
+import jax  # noqa: E402
 import optax  # noqa: E402
 
 import corpus  # noqa: E402
@@ -30,6 +31,10 @@ import training  # noqa: E402
 RESULTS = ROOT / "results" / "pretrain_tuning.json"
 GRID = [
     *(("adamw", {"learning_rate": rate}) for rate in (2e-3, 3e-3, 5e-3, 8e-3)),
+    *(
+        ("adamw", {"learning_rate": rate, "scale": scale})
+        for rate, scale in ((1e-2, 0.3), (2e-2, 0.15))
+    ),
     ("lorenza", {"learning_rate": 1e-2}),
     ("lorenza", {"learning_rate": 2e-2}),
     ("lorenza", {"learning_rate": 5e-3, "scale": 2.0}),
@@ -45,9 +50,29 @@ GRID = [
     ("lorenza", {"learning_rate": 2e-2, "scale": 0.5, "rho": 0.0}),
     ("lorenza_plus", {"learning_rate": 2e-2, "scale": 0.5, "add_back": "fira"}),
     ("lorenza_plus", {"learning_rate": 2e-2, "scale": 0.5, "add_back": "sumo"}),
+    ("lorenza_plus", {"learning_rate": 2e-2, "scale": 0.25, "add_back": "fira"}),
+    ("lorenza_plus", {"learning_rate": 2e-2, "scale": 0.25, "add_back": "sumo"}),
 ]
+
+
+def adamw(learning_rate, weight_decay, scale=1.0):
+    """AdamW, with LORENZA's freedom of another step for the matrices that it would project."""
+
+    def matrices(params):
+        plan = lorenza_optax.projection_plan(params, rank=1)
+        projected = [path in plan.projected for path in plan.leaves]
+        return jax.tree.unflatten(jax.tree.structure(params), projected)
+
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.masked(optax.scale(scale), matrices),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 FACTORIES = {
-    "adamw": optax.adamw,
+    "adamw": adamw,
     "lorenza": lorenza_optax.lorenza,
     "lorenza_plus": lorenza_optax.lorenza_plus,
     "adazo_sam": lorenza_optax.adazo_sam,

@@ -55,8 +55,9 @@ def lorenza_plus(
       \text{"sumo"}: \quad & Q N + (g - Q \hat g),
 
     with the growth of the added part's norm ("fira") or of N's ("sumo") limited to a factor of
-    1.01 or 1.1 from one update to the next. "fira" is the default: it is the one that measured
-    better on the main job.
+    1.01 or 1.1 from one update to the next. On the main job the two ended alike (validation
+    losses 1.854 and 1.855 at the better of two scales, one seed; :func:`lorenza` 1.812);
+    "fira" is the default.
 
     Args:
       learning_rate: Step size γ, a float or a schedule.

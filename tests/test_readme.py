@@ -1,0 +1,80 @@
+"""The README's code runs, its commands are CI's, and its numbers stand in the stored results."""
+
+import json
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.train_state import TrainState
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_code_blocks_run():
+    quickstart, train_state, plan = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+    def loss(params, batch):
+        return jnp.mean((batch @ params["kernel"] @ params["out"] - 1.0) ** 2)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "kernel": 0.05 * jax.random.normal(keys[0], (160, 192)),
+        "out": 0.05 * jax.random.normal(keys[1], (192, 160)),
+    }
+    batch = jax.random.normal(keys[2], (32, 160))
+    before = loss(params, batch)
+
+    names = {"params": params, "loss": loss}
+    exec(quickstart, names)
+    trained, opt_state = params, names["opt_state"]
+    for _ in range(5):
+        trained, opt_state = names["train_step"](trained, opt_state, batch)
+    assert loss(trained, batch) < before
+    assert bool(opt_state[0].ascent.perturbed)
+
+    names |= {"optax": optax}
+    exec(train_state, names)
+    state = TrainState.create(apply_fn=None, params=params, tx=names["tx"])
+    for _ in range(5):
+        state, _ = names["train_step"](state, batch)
+    assert loss(state.params, batch) < before
+
+    exec(plan, names)
+    scanned = {
+        "layers": {
+            "mlp": {"kernel": jnp.ones((2, 160, 192))},
+            "attention": {"kernel": jnp.ones((2, 160, 4, 48))},
+        }
+    }
+    assert len(names["tx"].init(scanned)[0].q) == 2
+
+
+def test_ci_runs_the_test_command():
+    commands = [
+        re.search(rf"<!-- {name} -->\n```bash\n(.*?)\n```", README) for name in ("main", "test")
+    ]
+    assert all(commands)
+    assert "examples/pretrain.py" in commands[0][1]
+    assert "-m pytest" in commands[1][1]
+    assert "<!-- test -->" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_main_jobs_table_is_the_stored_one():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import main_job
+
+    summary = json.loads((ROOT / "benchmarks" / "results" / "main_job.json").read_text())
+    assert main_job.markdown(summary) in README
+
+
+def test_tuning_figures_are_the_stored_ones():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "pretrain_tuning.json").read_text())
+    losses = {f"{row['result']['validation_loss']:.3f}" for row in rows}
+    section = README[README.index("## How to choose") :]
+    quoted = set(re.findall(r"\b[12]\.\d{3}\b", section))
+    assert quoted
+    assert quoted <= losses
