@@ -45,8 +45,8 @@ def learning_rate_schedule(peak, steps):
     )
 
 
-def lorenza(learning_rate, settings):
-    return lorenza_optax.lorenza(
+def lorenza(learning_rate, settings, factory=lorenza_optax.lorenza):
+    return factory(
         learning_rate,
         settings.rank,
         settings.update_proj_gap,
@@ -58,15 +58,7 @@ def lorenza(learning_rate, settings):
 
 
 def lorenza_plus(learning_rate, settings):
-    return lorenza_optax.lorenza_plus(
-        learning_rate,
-        settings.rank,
-        settings.update_proj_gap,
-        rho=settings.rho,
-        scale=SCALE,
-        weight_decay=WEIGHT_DECAY,
-        seed=settings.seed,
-    )
+    return lorenza(learning_rate, settings, lorenza_optax.lorenza_plus)
 
 
 def adazo_sam(learning_rate, settings):

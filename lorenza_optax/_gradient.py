@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,18 +14,17 @@ from lorenza_optax._ascent import (
     displace,
     estimate_ascent,
 )
+from lorenza_optax._calls import check_scalar
 from lorenza_optax._checks import value_at
 from lorenza_optax._directions import Directions, Probe
-from lorenza_optax._paths import has_masked_nodes, leaves_by_path
+from lorenza_optax._paths import leaves_by_path
 
 __all__ = [
     "FullSpaceAscentState",
     "SubspaceAscentState",
-    "bind_value_fn",
-    "check_call",
     "draw_probes",
+    "gradient_in_update",
     "initial_ascent_state",
-    "record",
     "step_key",
     "value_and_grad_at_ascent",
     "without_ascent",
@@ -34,11 +32,6 @@ __all__ = [
 
 # Salts that are folded into a step's key, so that its uses are independent.
 PROBE, SKETCH, ROUNDING = range(3)
-
-DOOR_2 = (
-    "take the gradient outside with lorenza_optax.perturbed_value_and_grad(value_fn, ...)"
-    "(params, ..., opt_state=opt_state) and pass it to update without value_fn"
-)
 
 
 class SubspaceAscentState(NamedTuple):
@@ -79,18 +72,6 @@ def initial_ascent_state(kind: type[Any], seed: int) -> Any:
     )
 
 
-def record(
-    state: AscentState, value: jax.Array, norm: jax.Array, perturbed: jax.Array
-) -> AscentState:
-    """The ascent's state after a gradient; a loss that is not finite leaves the last value."""
-    value = value.astype(jnp.float32)
-    return state._replace(
-        value=jnp.where(jnp.isfinite(value), value, state.value),
-        ascent_norm=norm,
-        perturbed=perturbed,
-    )
-
-
 def without_ascent(state: AscentState) -> AscentState:
     """The ascent's state after an update on a gradient from outside."""
     return state._replace(ascent_norm=jnp.zeros((), jnp.float32), perturbed=jnp.zeros((), bool))
@@ -107,72 +88,6 @@ def draw_probes(
 ) -> Probe:
     """The probes of update ``count``: the same whichever way the gradient is asked for."""
     return directions.draw(step_key(state.seed, count, PROBE), config.num_probes)
-
-
-def bind_value_fn(
-    value_fn: Callable[..., Any], extra_args: Mapping[str, Any]
-) -> Callable[[Any], Any]:
-    """``value_fn`` with those of the extra arguments that it names, as in Optax."""
-    named = inspect.signature(value_fn).parameters
-    kwargs = {name: value for name, value in extra_args.items() if name in named}
-    return lambda params: value_fn(params, **kwargs)
-
-
-# Wrappers that hand on gradients or counts of their own, and not those of this call.
-_WRAPPERS = ("MultiSteps.", "apply_if_finite.")
-
-
-def check_call(updates: Any, params: Any, value_fn: Any) -> None:
-    """Raises where ``update`` lacks an argument, or would not take the gradient that is meant."""
-    if value_fn is None:
-        if updates is None:
-            raise ValueError("update got neither gradients nor value_fn=.")
-        return
-    if params is None:
-        raise ValueError("update(..., value_fn=...) needs params: the point to perturb.")
-    _refuse_in_wrappers(params)
-
-
-def _refuse_in_wrappers(params: Any) -> None:
-    """Raises inside a wrapper that does not hand on all that the gradient depends on.
-
-    ``masked`` and ``partition`` show a part of the parameters only; ``MultiSteps`` and
-    ``apply_if_finite`` act on gradients that are ignored here. The former are seen in the
-    parameters, the latter only on the call stack, while the update is traced.
-    """
-    if has_masked_nodes(params):
-        wrapper = "optax.masked or optax.partition"
-    else:
-        frame, wrapper = sys._getframe(1), ""
-        while frame is not None and not wrapper:
-            name = frame.f_code.co_qualname
-            if frame.f_globals.get("__name__", "").startswith("optax.") and name.startswith(
-                _WRAPPERS
-            ):
-                wrapper = "optax." + name.split(".")[0]
-            frame = frame.f_back
-    if wrapper:
-        raise ValueError(
-            f"update(..., value_fn=...) does not work inside {wrapper}, which does not hand on"
-            f" all that the gradient depends on. Instead, {DOOR_2}."
-        )
-
-
-def check_scalar(value: Any, has_aux: bool, name: str = "value_fn") -> None:
-    """Raises unless an (abstract) result of the user's function is a real scalar."""
-    if has_aux:
-        if not isinstance(value, tuple) or len(value) != 2:
-            raise TypeError(f"With has_aux=True {name} must return (value, aux), got {value}.")
-        value = value[0]
-    if isinstance(value, tuple):
-        raise TypeError(
-            f"{name} must return a scalar, got a tuple. For auxiliary output,"
-            f" {DOOR_2.replace('value_fn, ...', 'value_fn, has_aux=True, ...')}."
-        )
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        found = f"{dtype} of shape {shape}" if dtype is not None else type(value).__name__
-        raise TypeError(f"{name} must return a real scalar, got {found}: take the mean.")
 
 
 def _evaluation_point(loss: Callable[[Any], Any], params: Any, paths: frozenset[str]) -> Any:
@@ -280,3 +195,49 @@ def value_and_grad_at_ascent(
         value = (mean, value[1]) if has_aux else mean
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
     return value, grads, norm, perturbed
+
+
+def gradient_in_update(
+    value_fn: Callable[..., Any],
+    extra_args: Mapping[str, Any],
+    params: Any,
+    state: AscentState,
+    directions: Directions,
+    config: AscentConfig,
+    *,
+    count: jax.Array,
+    ready: jax.typing.ArrayLike,
+) -> tuple[Any, AscentState]:
+    """The gradient at the ascent point for an ``update`` that was given ``value_fn``.
+
+    Args:
+      value_fn: The user's loss; it gets those of ``extra_args`` that it names, as in Optax.
+      extra_args: The keyword arguments of ``update``.
+      params: θ.
+      state: The ascent's state.
+      directions: Where A is looked for.
+      config: The ascent's configuration.
+      count: Updates made so far.
+      ready: Whether there is a subspace yet.
+
+    Returns:
+      The gradient, and the state with what was found; a loss that is not finite leaves the
+      last value in it.
+    """
+    named = inspect.signature(value_fn).parameters
+    kwargs = {name: value for name, value in extra_args.items() if name in named}
+    value, gradients, norm, perturbed = value_and_grad_at_ascent(
+        lambda at: value_fn(at, **kwargs),
+        params,
+        directions,
+        draw_probes(directions, state, count, config),
+        config,
+        count=count,
+        ready=ready,
+    )
+    value = value.astype(jnp.float32)
+    return gradients, state._replace(
+        value=jnp.where(jnp.isfinite(value), value, state.value),
+        ascent_norm=norm,
+        perturbed=perturbed,
+    )

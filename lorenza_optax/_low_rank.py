@@ -9,18 +9,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorenza_optax._calls import check_call
 from lorenza_optax._checks import value_at
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._directions import Directions, full_space, in_subspace
 from lorenza_optax._gradient import (
     FullSpaceAscentState,
     SubspaceAscentState,
-    bind_value_fn,
-    check_call,
-    draw_probes,
+    gradient_in_update,
     initial_ascent_state,
-    record,
-    value_and_grad_at_ascent,
     without_ascent,
 )
 from lorenza_optax._inner import check_inner, store_moments
@@ -92,7 +89,16 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
         plan = config.plan(updates if params is None else params)
         _check_same_tree(config, plan, state)
         if value_fn is not None:
-            updates, ascent_state = at_ascent(plan, state, params, value_fn, extra_args)
+            updates, ascent_state = gradient_in_update(
+                value_fn,
+                extra_args,
+                params,
+                state.ascent,
+                directions(plan, state, leaves_by_path(params)),
+                config.ascent,
+                count=state.count,
+                ready=config.in_full_space or state.last_refresh >= 0,
+            )
         else:
             ascent_state = without_ascent(state.ascent)
         gradients, stage_state = updates, state.gradient_transform
@@ -120,26 +126,6 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
         )
         ordered = [new_updates[path] for path in leaves_by_path(updates)]
         return jax.tree.unflatten(jax.tree.structure(updates), ordered), new_state
-
-    def at_ascent(
-        plan: ProjectionPlan,
-        state: LowRankState,
-        params: Any,
-        value_fn: Callable[..., Any],
-        extra_args: dict[str, Any],
-    ) -> tuple[Any, Any]:
-        family = directions(plan, state, leaves_by_path(params))
-        probes = draw_probes(family, state.ascent, state.count, config.ascent)
-        value, gradients, norm, perturbed = value_and_grad_at_ascent(
-            bind_value_fn(value_fn, extra_args),
-            params,
-            family,
-            probes,
-            config.ascent,
-            count=state.count,
-            ready=config.in_full_space or state.last_refresh >= 0,
-        )
-        return gradients, record(state.ascent, value, norm, perturbed)
 
     def directions(
         plan: ProjectionPlan, state: LowRankState, params: dict[str, jax.Array]

@@ -10,17 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from lorenza_optax._ascent import AscentConfig
+from lorenza_optax._calls import check_call
 from lorenza_optax._checks import check_int, check_not_injected
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._directions import full_space
 from lorenza_optax._gradient import (
     FullSpaceAscentState,
-    bind_value_fn,
-    check_call,
-    draw_probes,
+    gradient_in_update,
     initial_ascent_state,
-    record,
-    value_and_grad_at_ascent,
     without_ascent,
 )
 from lorenza_optax._low_rank import low_rank
@@ -127,17 +124,17 @@ def zo_sam_perturbation(
         count = optax.safe_increment(state.count)
         if value_fn is None:
             return updates, ZoSamState(count, without_ascent(state.ascent))
-        directions = full_space(leaves_by_path(params))
-        value, gradients, norm, perturbed = value_and_grad_at_ascent(
-            bind_value_fn(value_fn, extra_args),
+        gradients, ascent_state = gradient_in_update(
+            value_fn,
+            extra_args,
             params,
-            directions,
-            draw_probes(directions, state.ascent, state.count, config),
+            state.ascent,
+            full_space(leaves_by_path(params)),
             config,
             count=state.count,
             ready=True,
         )
-        return gradients, ZoSamState(count, record(state.ascent, value, norm, perturbed))
+        return gradients, ZoSamState(count, ascent_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

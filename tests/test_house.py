@@ -20,6 +20,7 @@ LAYERS = [
     "_linalg",
     "_matrix_view",
     "_paths",
+    "_calls",
     "_plan",
     "_subspace",
     "_refresh",

@@ -1,0 +1,73 @@
+"""Checks of a call of ``update`` and of what the user's loss returns, made while tracing."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import jax.numpy as jnp
+
+from lorenza_optax._paths import has_masked_nodes
+
+__all__ = ["check_call", "check_scalar"]
+
+DOOR_2 = (
+    "take the gradient outside with lorenza_optax.perturbed_value_and_grad(value_fn, ...)"
+    "(params, ..., opt_state=opt_state) and pass it to update without value_fn"
+)
+
+# Wrappers that hand on gradients or counts of their own, and not those of this call.
+_WRAPPERS = ("MultiSteps.", "apply_if_finite.")
+
+
+def check_call(updates: Any, params: Any, value_fn: Any) -> None:
+    """Raises where ``update`` lacks an argument, or would not take the gradient that is meant."""
+    if value_fn is None:
+        if updates is None:
+            raise ValueError("update got neither gradients nor value_fn=.")
+        return
+    if params is None:
+        raise ValueError("update(..., value_fn=...) needs params: the point to perturb.")
+    _refuse_in_wrappers(params)
+
+
+def _refuse_in_wrappers(params: Any) -> None:
+    """Raises inside a wrapper that does not hand on all that the gradient depends on.
+
+    ``masked`` and ``partition`` show a part of the parameters only; ``MultiSteps`` and
+    ``apply_if_finite`` act on gradients that are ignored here. The former are seen in the
+    parameters, the latter only on the call stack, while the update is traced.
+    """
+    if has_masked_nodes(params):
+        wrapper = "optax.masked or optax.partition"
+    else:
+        frame, wrapper = sys._getframe(1), ""
+        while frame is not None and not wrapper:
+            name = frame.f_code.co_qualname
+            if frame.f_globals.get("__name__", "").startswith("optax.") and name.startswith(
+                _WRAPPERS
+            ):
+                wrapper = "optax." + name.split(".")[0]
+            frame = frame.f_back
+    if wrapper:
+        raise ValueError(
+            f"update(..., value_fn=...) does not work inside {wrapper}, which does not hand on"
+            f" all that the gradient depends on. Instead, {DOOR_2}."
+        )
+
+
+def check_scalar(value: Any, has_aux: bool, name: str = "value_fn") -> None:
+    """Raises unless an (abstract) result of the user's function is a real scalar."""
+    if has_aux:
+        if not isinstance(value, tuple) or len(value) != 2:
+            raise TypeError(f"With has_aux=True {name} must return (value, aux), got {value}.")
+        value = value[0]
+    if isinstance(value, tuple):
+        raise TypeError(
+            f"{name} must return a scalar, got a tuple. For auxiliary output,"
+            f" {DOOR_2.replace('value_fn, ...', 'value_fn, has_aux=True, ...')}."
+        )
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        found = f"{dtype} of shape {shape}" if dtype is not None else type(value).__name__
+        raise TypeError(f"{name} must return a real scalar, got {found}: take the mean.")
