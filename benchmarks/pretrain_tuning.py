@@ -38,6 +38,7 @@ GRID = [
     ("lorenza", {"learning_rate": 1e-2}),
     ("lorenza", {"learning_rate": 2e-2}),
     ("lorenza", {"learning_rate": 5e-3, "scale": 2.0}),
+    ("lorenza", {"learning_rate": 5e-3, "scale": 4.0}),
     ("lorenza", {"learning_rate": 1e-2, "update_proj_gap": 10}),
     ("lorenza", {"learning_rate": 2e-2, "scale": 0.5}),
     ("lorenza", {"learning_rate": 1e-2, "rho": 0.02}),
