@@ -77,6 +77,7 @@ def scale_by(
 def with_decay(
     scaled: optax.GradientTransformationExtraArgs, weight_decay: Any, mask: Any, learning_rate: Any
 ) -> optax.GradientTransformationExtraArgs:
+    """The transformation with decoupled weight decay and a learning rate behind it."""
     return optax.chain(
         scaled,
         optax.add_decayed_weights(weight_decay, mask),

@@ -11,7 +11,7 @@ from lorenza_optax._paths import has_masked_nodes
 
 __all__ = ["check_call", "check_scalar"]
 
-DOOR_2 = (
+INSTEAD = (
     "take the gradient outside with lorenza_optax.perturbed_value_and_grad(value_fn, ...)"
     "(params, ..., opt_state=opt_state) and pass it to update without value_fn"
 )
@@ -52,22 +52,22 @@ def _refuse_in_wrappers(params: Any) -> None:
     if wrapper:
         raise ValueError(
             f"update(..., value_fn=...) does not work inside {wrapper}, which does not hand on"
-            f" all that the gradient depends on. Instead, {DOOR_2}."
+            f" all that the gradient depends on. Instead, {INSTEAD}."
         )
 
 
-def check_scalar(value: Any, has_aux: bool, name: str = "value_fn") -> None:
+def check_scalar(value: Any, has_aux: bool) -> None:
     """Raises unless an (abstract) result of the user's function is a real scalar."""
     if has_aux:
         if not isinstance(value, tuple) or len(value) != 2:
-            raise TypeError(f"With has_aux=True {name} must return (value, aux), got {value}.")
+            raise TypeError(f"With has_aux=True value_fn must return (value, aux), got {value}.")
         value = value[0]
     if isinstance(value, tuple):
         raise TypeError(
-            f"{name} must return a scalar, got a tuple. For auxiliary output,"
-            f" {DOOR_2.replace('value_fn, ...', 'value_fn, has_aux=True, ...')}."
+            "value_fn must return a scalar, got a tuple. For auxiliary output,"
+            f" {INSTEAD.replace('value_fn, ...', 'value_fn, has_aux=True, ...')}."
         )
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         found = f"{dtype} of shape {shape}" if dtype is not None else type(value).__name__
-        raise TypeError(f"{name} must return a real scalar, got {found}: take the mean.")
+        raise TypeError(f"value_fn must return a real scalar, got {found}: take the mean.")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorenza_optax._arguments import with_decay
 from lorenza_optax._ascent import AscentConfig
 from lorenza_optax._calls import check_call
 from lorenza_optax._checks import check_int, check_not_injected
@@ -211,8 +212,4 @@ def adazo_sam(
         moment_dtype=moment_dtype,
         seed=seed,
     )
-    return optax.chain(
-        low_rank(config),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    return with_decay(low_rank(config), weight_decay, mask, learning_rate)

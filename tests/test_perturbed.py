@@ -236,7 +236,7 @@ def test_gradient_transform_acts_before_projection():
         "rank": 3,
         "rho": 0.0,
         "base_optimizer": optax.identity(),
-        **{"weight_dimension_numbers": NUMBERS},
+        "weight_dimension_numbers": NUMBERS,
     }
     tx = lorenza_optax.scale_by_lorenza(
         gradient_transform=optax.clip_by_global_norm(1e-3), **kwargs

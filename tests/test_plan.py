@@ -166,9 +166,7 @@ def test_bad_trees_name_the_leaf():
         projection_plan(
             leaf, 2, weight_dimension_numbers={"laier": {"kernel": WeightDimensionNumbers()}}
         )
-    with pytest.raises(
-        TypeError, match="must hold WeightDimensionNumbers or None, got tuple|got int"
-    ):
+    with pytest.raises(TypeError, match="must hold WeightDimensionNumbers or None, got int at"):
         projection_plan(leaf, 2, weight_dimension_numbers={"layer": {"kernel": 3}})
     with pytest.raises(TypeError, match=r"'steps' has dtype int32.*optax.masked"):
         projection_plan({"steps": jnp.zeros(3, jnp.int32)}, 2)
