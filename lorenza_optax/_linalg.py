@@ -25,7 +25,7 @@ def _prepare(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
             f" {matrix.shape}, got {rank}."
         )
     matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
-    # Gradients of 1e-20 are common at the end of training: their squares leave float32.
+    # Squares of entries below 1e-19 or above 1e19 leave float32.
     scale = jnp.max(jnp.abs(matrix))
     scale = jnp.where(scale > 0, scale, 1)
     return matrix / scale, scale
