@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from lorenza_optax._ascent import AscentConfig
 from lorenza_optax._checks import check_transformation
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._low_rank import low_rank
+from lorenza_optax._update import LowRankUpdate
 
-__all__ = ["STRUCTURAL_ARGS", "scale_by", "with_decay"]
+__all__ = ["STRUCTURAL_ARGS", "low_rank_config", "scale_by", "with_decay"]
 
 STRUCTURAL_ARGS = (
     "rank",
@@ -28,6 +31,14 @@ STRUCTURAL_ARGS = (
     "estimator",
     "probe_batch_size",
     "perturb_every",
+    "probe_rank",
+    "probe_factors",
+    "scale_probes",
+    "ascent_fn",
+    "factored",
+    "refresh",
+    "stagger",
+    "factored_updates",
     "gradient_transform",
     "factor_dtype",
     "moment_dtype",
@@ -42,7 +53,7 @@ STRUCTURAL_ARGS = (
 injects to the parameters' dtype, and in bfloat16 0.999 is 1."""
 
 
-def scale_by(
+def low_rank_config(
     *,
     rho: Any,
     mu: Any,
@@ -55,31 +66,76 @@ def scale_by(
     estimator: str,
     probe_batch_size: int | None,
     perturb_every: int,
+    probe_rank: int | None,
+    probe_factors: str,
+    scale_probes: bool,
+    ascent_fn: Any,
+    factored: bool,
     axis_name: Any,
     **axes: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """The transformation from the arguments of :func:`scale_by_lorenza` and a residual rule."""
+) -> LowRankConfig:
+    """The method from the arguments of :func:`scale_by_lorenza` and a residual rule."""
     config = AscentConfig(
-        rho, mu, num_probes, ascent, estimator, probe_batch_size, perturb_every, axis_name
+        rho=rho,
+        mu=mu,
+        num_probes=num_probes,
+        ascent=ascent,
+        estimator=estimator,
+        probe_batch_size=probe_batch_size,
+        perturb_every=perturb_every,
+        axis_name=axis_name,
+        probe_rank=probe_rank,
+        probe_factors=probe_factors,
+        scale_probes=scale_probes,
+        ascent_fn=ascent_fn,
+        factored=factored,
     )
     check_transformation("base_optimizer", base_optimizer)
     inner = optax.scale_by_adam(b1, b2, eps) if base_optimizer is None else base_optimizer
-    return low_rank(
-        LowRankConfig(
-            inner=optax.with_extra_args_support(inner),
-            decays=(b1, b2) if base_optimizer is None else None,
-            ascent=config,
-            **axes,
-        )
+    return LowRankConfig(
+        inner=optax.with_extra_args_support(inner),
+        decays=(b1, b2) if base_optimizer is None else None,
+        ascent=config,
+        **axes,
     )
+
+
+def scale_by(**arguments: Any) -> optax.GradientTransformationExtraArgs:
+    """The transformation from the same arguments."""
+    return low_rank(low_rank_config(**arguments))
 
 
 def with_decay(
-    scaled: optax.GradientTransformationExtraArgs, weight_decay: Any, mask: Any, learning_rate: Any
+    scaled: optax.GradientTransformationExtraArgs,
+    weight_decay: Any,
+    mask: Any,
+    learning_rate: Any,
+    factored_updates: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation with decoupled weight decay and a learning rate behind it."""
-    return optax.chain(
-        scaled,
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    decay = optax.add_decayed_weights(weight_decay, None if factored_updates else mask)
+    if factored_updates:
+        decay = _decay_of_factored(decay)
+        decay = decay if mask is None else optax.masked(decay, mask)
+    return optax.chain(scaled, decay, optax.scale_by_learning_rate(learning_rate))
+
+
+def _decay_of_factored(
+    decay: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """``optax.add_decayed_weights`` for updates of which some are not multiplied out."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("weight_decay needs params.")
+        # What Optax's stage does to an update of 0 for a parameter of 1.
+        rate, state = decay.update(jnp.zeros(()), state, jnp.ones(()))
+
+        def add(update: Any, param: Any) -> Any:
+            if isinstance(update, LowRankUpdate):
+                return update.with_decay(rate)
+            return update + (rate * param).astype(param.dtype)
+
+        return jax.tree.map(add, updates, params), state
+
+    return optax.GradientTransformation(decay.init, update)

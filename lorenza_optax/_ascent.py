@@ -1,25 +1,32 @@
-"""Where the loss rises: the ascent direction, estimated by forward passes along probes."""
+"""Where the loss rises: what the user chose, and the direction that each choice finds."""
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lorenza_optax._checks import check_choice, check_int, check_number
-from lorenza_optax._directions import Directions, Probe
-from lorenza_optax._paths import leaves_by_path
+from lorenza_optax._directions import Directions, Probe, displacement_norm
+from lorenza_optax._landscape import Displacement, Landscape, Subspaces
+from lorenza_optax._mesh import mark_varying
+from lorenza_optax._probes import ESTIMATORS, estimate_weights, slopes_along
 
-__all__ = ["AscentConfig", "displace", "estimate_ascent"]
+__all__ = [
+    "ASCENTS",
+    "Ascent",
+    "AscentConfig",
+    "along_moments",
+    "by_probes",
+    "in_gradient",
+    "zero_moves",
+]
 
-ASCENTS = ("zo", "none")
-ESTIMATORS = ("auto", "jvp", "central", "forward")
-
-Loss = Callable[[Any], jax.Array]
+ASCENTS = ("zo", "subspace", "momentum", "signed_momentum", "none")
+PROBE_FACTORS = ("svd", "momentum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +41,11 @@ class AscentConfig:
     probe_batch_size: int | None = None
     perturb_every: int = 1
     axis_name: Any = None
+    probe_rank: int | None = None
+    probe_factors: str = "svd"
+    scale_probes: bool = False
+    ascent_fn: Callable[..., Any] | None = None
+    factored: bool = True
 
     def __post_init__(self) -> None:
         check_number("rho", self.rho)
@@ -44,113 +56,121 @@ class AscentConfig:
         if self.probe_batch_size is not None:
             check_int("probe_batch_size", self.probe_batch_size, 1)
         check_int("perturb_every", self.perturb_every, 1)
+        if self.probe_rank is not None:
+            check_int("probe_rank", self.probe_rank, 1)
+        check_choice("probe_factors", self.probe_factors, PROBE_FACTORS)
+        check_choice("scale_probes", self.scale_probes, (False, True))
+        check_choice("factored", self.factored, (False, True))
+        if self.ascent_fn is not None and not callable(self.ascent_fn):
+            raise TypeError(f"ascent_fn must be a function, got {type(self.ascent_fn).__name__}.")
 
     @property
     def never_perturbs(self) -> bool:
         """Whether it is known before tracing that no step is perturbed."""
         return self.ascent == "none" or (isinstance(self.rho, (int, float)) and self.rho == 0)
 
+    @property
+    def needs_partners(self) -> bool:
+        """Whether the second factor of each gradient is kept for the probes."""
+        return self.ascent == "zo" and not self.never_perturbs and self.probe_factors == "svd"
 
-def displace(params: Any, direction: Mapping[str, jax.Array], factor: jax.typing.ArrayLike) -> Any:
-    """θ + factor · direction, in the dtype of the direction where that is wider."""
-    arrays = leaves_by_path(params)
-    moved = [
-        leaf + (factor * direction[path]).astype(direction[path].dtype)
-        if path in direction
-        else leaf
-        for path, leaf in arrays.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), moved)
+    @property
+    def moves_all(self) -> bool:
+        """Whether leaves that are not projected are perturbed too."""
+        return self.ascent in ("subspace", "momentum", "signed_momentum")
 
 
-def estimate_ascent(
-    loss: Loss,
-    params: Any,
-    directions: Directions,
-    probes: Probe,
-    mu: Any,
-    config: AscentConfig,
-) -> tuple[Any, jax.Array]:
-    r"""The weights of the estimated ascent direction, scaled to norm 1; forward passes only.
+class Ascent(NamedTuple):
+    """A way to find the direction A.
 
-    .. math::
-      d_j = \frac{f(\theta + \mu P_j) - f(\theta - \mu P_j)}{2 \mu}, \qquad
-      A = \frac{1}{q} \sum_j d_j P_j .
-
-    Args:
-      loss: Parameters to a scalar.
-      params: θ, with the leaves that are displaced in at least float32.
-      directions: The family that the probes are of.
-      probes: q stacked probes P_j.
-      mu: Smoothing radius μ, in units of the parameters; unused by "jvp".
-      config: ``estimator``, ``probe_batch_size``, ``axis_name``.
-
-    Returns:
-      Weights of A / ‖A‖, and ‖A‖. Both are zero if A is zero or not finite.
+    Attributes:
+      find: () -> (coordinates of A / ‖A‖, ‖A‖), both zero if A is zero or not finite.
+      zero: Coordinates of the direction 0.
+      displacement: (coordinates, ρ) -> the move ρ A / ‖A‖.
     """
-    slopes = _slopes(loss, params, directions, probes, mu, config)
-    if config.axis_name is not None:
-        slopes = jax.lax.pmean(slopes, config.axis_name)
 
-    # Slopes may be as small as 1e-30: their squares must not vanish before the division.
-    largest = jnp.max(jnp.abs(slopes))
-    usable = jnp.isfinite(largest) & (largest > 0)
-    ascent = directions.combine(jnp.where(usable, slopes / largest, 0), probes)
-    norm = directions.norm(ascent)
-    usable &= jnp.isfinite(norm * largest) & (norm > 0)
-    inverse = jnp.where(usable, 1 / jnp.where(norm > 0, norm, 1), 0)
-    ascent_norm = jnp.where(usable, norm * largest, 0).astype(jnp.float32)
-    return ascent.scaled(inverse).weights, ascent_norm
+    find: Callable[[], tuple[Any, jax.Array]]
+    zero: Any
+    displacement: Callable[[Any, jax.typing.ArrayLike], Displacement]
 
 
-def _slopes(
-    loss: Loss,
-    params: Any,
-    directions: Directions,
-    probes: Probe,
+def by_probes(
+    near: Landscape, directions: Directions, probes: Probe, mu: Any, config: AscentConfig
+) -> Ascent:
+    """The published ascent, in the subspaces or in full space."""
+    keys = None if probes.keys is None else probes.keys[:, 0]
+    return Ascent(
+        lambda: estimate_weights(near, directions, probes, mu, config),
+        directions.combine(jnp.zeros(config.num_probes), probes).weights,
+        lambda weights, rho: directions.displacement(Probe(weights, keys).scaled(rho)),
+    )
+
+
+def in_gradient(near: Landscape, subspaces: Subspaces, config: AscentConfig) -> Ascent:
+    """The gradient itself: P Pᵀ g on projected leaves, kept factored, and g on the others."""
+    still = zero_moves(near, subspaces)
+    others = {path: leaf for path, leaf in near.leaves.items() if path not in still}
+
+    def find() -> tuple[Any, jax.Array]:
+        def loss(low: Mapping[str, jax.Array], others: Mapping[str, jax.Array]) -> jax.Array:
+            return near.value(Displacement(low, {}), {**near.leaves, **others}, vanishes=True)
+
+        at = (still, others)
+        if config.axis_name is not None:
+            at = jax.tree.map(lambda leaf: mark_varying(leaf, config.axis_name), at)
+        gradient = Displacement(*jax.grad(loss, (0, 1))(*at))
+        if config.axis_name is not None:
+            gradient = jax.lax.pmean(gradient, config.axis_name)
+        return _normalized(gradient, subspaces)
+
+    zero = _wide(Displacement(still, jax.tree.map(jnp.zeros_like, others)))
+    return Ascent(find, zero, lambda unit, rho: unit.scaled(rho))
+
+
+def along_moments(
+    near: Landscape,
+    subspaces: Subspaces,
+    moments: Displacement,
     mu: Any,
     config: AscentConfig,
-) -> jax.Array:
-    """d_j for all probes, shape (q,)."""
-    # Losses are subtracted in float32, in float64 if there are float64 parameters.
-    dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
-    float_loss = lambda point: loss(point).astype(dtype)  # noqa: E731
+) -> Ascent:
+    """The first moment; with "signed_momentum" turned uphill by one probe along it."""
 
-    def evaluate(estimator: str) -> jax.Array:
-        base = float_loss(params) if estimator == "forward" else None
+    def find() -> tuple[Any, jax.Array]:
+        unit, norm = _normalized(moments, subspaces)
+        if config.ascent == "signed_momentum":
+            slope = slopes_along(near, lambda _: unit, jnp.zeros(1), mu, config)[0]
+            # Where it cannot be told the moment keeps its own sign.
+            unit = unit.scaled(jnp.where(slope < 0, -1, 1))
+        return unit, norm
 
-        def slope(probe: Probe) -> Any:
-            direction = directions.direction(probe)
-            if estimator == "jvp":
-                return jax.jvp(float_loss, (params,), (_tangent(params, direction),))[1]
-            above = float_loss(displace(params, direction, mu))
-            if base is not None:
-                return (above - base) / mu
-            return (above - float_loss(displace(params, direction, -mu))) / (2 * mu)
-
-        if config.probe_batch_size is None or config.probe_batch_size >= config.num_probes:
-            return jax.vmap(slope)(probes)
-        return jax.lax.map(slope, probes, batch_size=config.probe_batch_size)
-
-    if config.estimator != "auto":
-        return evaluate(config.estimator)
-    try:
-        return evaluate("jvp")
-    except Exception as error:
-        slopes = evaluate("central")  # an error of the loss itself is raised here
-        reason = str(error).split("\n")[0]
-        warnings.warn(
-            "value_fn cannot be differentiated in forward mode, so estimator='auto' takes"
-            f" central differences: {reason} Pass estimator='central' to silence this.",
-            stacklevel=2,
-        )
-        return slopes
+    zero = _wide(jax.tree.map(jnp.zeros_like, moments))
+    return Ascent(find, zero, lambda unit, rho: unit.scaled(rho))
 
 
-def _tangent(params: Any, direction: Mapping[str, jax.Array]) -> Any:
-    arrays = leaves_by_path(params)
-    tangents = [
-        direction[path].astype(leaf.dtype) if path in direction else jnp.zeros_like(leaf)
-        for path, leaf in arrays.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), tangents)
+def zero_moves(near: Landscape, subspaces: Subspaces) -> dict[str, jax.Array]:
+    """N = 0 for each projected leaf, in at least float32."""
+    zeros = {}
+    for path, view in subspaces.views.items():
+        rank = subspaces.projectors[path].shape[-1]
+        dtype = jnp.promote_types(near.leaves[path].dtype, jnp.float32)
+        zeros[path] = jnp.zeros((*view.batch, rank, view.free), dtype)
+    return zeros
+
+
+def _wide(move: Displacement) -> Displacement:
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), move)
+
+
+def _normalized(move: Displacement, subspaces: Subspaces) -> tuple[Displacement, jax.Array]:
+    move = _wide(move)
+    # Squares of entries as small as 1e-30 must not vanish before the division.
+    largest = [jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in jax.tree.leaves(move)]
+    size = jnp.max(jnp.stack(largest))
+    usable = jnp.isfinite(size) & (size > 0)
+    # A moment that is not finite must give zeros, and 0 · nan is none.
+    move = jax.tree.map(lambda leaf: jnp.where(usable, leaf / size, 0).astype(leaf.dtype), move)
+    norm = displacement_norm(move, subspaces)
+    usable &= jnp.isfinite(norm * size) & (norm > 0)
+    unit = move.scaled(jnp.where(usable, 1 / jnp.where(norm > 0, norm, 1), 0))
+    return unit, jnp.where(usable, norm * size, 0).astype(jnp.float32)

@@ -25,6 +25,8 @@ def check_call(updates: Any, params: Any, value_fn: Any) -> None:
     if value_fn is None:
         if updates is None:
             raise ValueError("update got neither gradients nor value_fn=.")
+        if params is None and hasattr(updates, "projected"):
+            raise ValueError("update needs params when it is given SubspaceGradients.")
         return
     if params is None:
         raise ValueError("update(..., value_fn=...) needs params: the point to perturb.")

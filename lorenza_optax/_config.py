@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -17,7 +18,7 @@ from lorenza_optax._checks import (
     check_number,
     check_transformation,
 )
-from lorenza_optax._inner import MOMENT_DTYPES, check_sign
+from lorenza_optax._inner import FIRST_MOMENTS, MOMENT_DTYPES, check_sign, first_moment
 from lorenza_optax._matrix_view import PROJ_TYPES
 from lorenza_optax._plan import ProjectionPlan, projection_plan
 from lorenza_optax._residual import RESIDUALS
@@ -26,6 +27,7 @@ from lorenza_optax._transport import TRANSPORTS
 
 __all__ = ["LowRankConfig"]
 
+REFRESHES = ("sketch", "gradient")
 FACTOR_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -48,7 +50,10 @@ class LowRankConfig:
     in_full_space: bool = False
     subspace: str = "randomized_svd"
     proj_type: str = "std"
+    refresh: str = "sketch"
+    stagger: bool = False
     moment_transport: str = "keep"
+    factored_updates: bool = False
     residual: str = "discard"
     scale: Any = 1.0
     gradient_transform: optax.GradientTransformation | None = None
@@ -65,6 +70,27 @@ class LowRankConfig:
         check_choice("proj_type", self.proj_type, PROJ_TYPES)
         check_choice("moment_transport", self.moment_transport, TRANSPORTS)
         check_choice("residual", self.residual, tuple(RESIDUALS))
+        check_choice("refresh", self.refresh, REFRESHES)
+        check_choice("stagger", self.stagger, (False, True))
+        check_choice("factored_updates", self.factored_updates, (False, True))
+        if self.stagger and self.refresh == "sketch":
+            raise ValueError(
+                "stagger=True spreads refreshes from a full gradient: pass refresh='gradient' too."
+                " A refresh from sketches is cheap for all leaves at once."
+            )
+        if self.stagger and self.moment_transport != "keep":
+            raise ValueError(
+                "stagger=True refreshes a few matrices at a time, and"
+                f" moment_transport={self.moment_transport!r} acts on the inner state of all:"
+                " use 'keep'."
+            )
+        if self.factored_updates and self.residual != "discard":
+            raise ValueError(
+                "factored_updates=True needs updates that lie in the subspace; the residual rule"
+                f" {self.residual!r} adds what lies outside it."
+            )
+        if self.ascent.moves_all and self.ascent.ascent != "subspace":
+            self._check_first_moment()
         check_number("scale", self.scale)
         check_transformation("gradient_transform", self.gradient_transform)
         check_not_injected("weight_dimension_numbers", self.weight_dimension_numbers)
@@ -73,9 +99,46 @@ class LowRankConfig:
         check_sign(self.inner)
 
     @property
-    def stores_both_factors(self) -> bool:
-        """R (or Q, where the right side is compressed) serves the ascent only."""
-        return not self.ascent.never_perturbs
+    def needs_full_gradient(self) -> bool:
+        """Whether a part of the gradient outside the subspace matters at every update."""
+        return (
+            self.in_full_space
+            or self.residual != "discard"
+            or self.gradient_transform is not None
+            or self.stagger
+        )
+
+    @property
+    def sketches(self) -> bool:
+        """Whether refreshes inside ``update`` are from sketches."""
+        return self.refresh == "sketch" and not self.needs_full_gradient
+
+    @property
+    def partner_rank(self) -> int:
+        """Rows of the factor K that does not project; 0 where nothing needs it.
+
+        Probes along Q diag(u) R need it, and a refresh from sketches is started from it, or
+        else from the first moment.
+        """
+        if self.ascent.needs_partners:
+            return min(self.rank, self.ascent.probe_rank or self.rank)
+        return self.rank if self.sketches and not self.has_first_moment else 0
+
+    @property
+    def has_first_moment(self) -> bool:
+        example = {"leaf": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+        try:
+            state = jax.eval_shape(self.inner.init, example)
+        except Exception:
+            return False  # check_inner says at init what is wrong
+        return first_moment(state) is not None
+
+    def _check_first_moment(self) -> None:
+        if not self.has_first_moment:
+            raise ValueError(
+                f"ascent={self.ascent.ascent!r} needs a first moment, which the state of"
+                f" base_optimizer does not have under any of the names {', '.join(FIRST_MOMENTS)}."
+            )
 
     def stored_moment_dtype(self) -> jnp.dtype | None:
         return None if self.moment_dtype is None else jnp.dtype(self.moment_dtype)

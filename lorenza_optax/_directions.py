@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorenza_optax._landscape import Displacement, Subspaces
 from lorenza_optax._linalg import matmul
-from lorenza_optax._matrix_view import MatrixView
 from lorenza_optax._mesh import in_auto_mode
 from lorenza_optax._paths import path_hash
 
-__all__ = ["Directions", "Probe", "full_space", "in_subspace"]
+__all__ = ["Directions", "Probe", "displacement_norm", "full_space", "in_subspace"]
 
 
 class Probe(NamedTuple):
     """A direction by its coordinates.
 
     Attributes:
-      weights: What the direction is linear in: a dict by path of ([b,] r) arrays in the
+      weights: What the direction is linear in: a dict by path of ([b,] p) arrays in the
         subspace, (j,) in full space.
       keys: Keys that the direction is regenerated from, (j,); None in the subspace.
     """
@@ -42,52 +42,40 @@ class Directions(NamedTuple):
     """A family of directions.
 
     Attributes:
-      paths: The leaves that they touch.
       draw: (key, q) -> q random probes, stacked on a leading axis.
-      direction: probe -> {path: array of the leaf's shape}, in at least float32.
+      displacement: probe -> the move of the parameters, in at least float32.
       combine: (slopes (q,), q stacked probes) -> the probe (1/q) Σ_j d_j P_j.
-      norm: probe -> Frobenius norm of its direction over all leaves.
+      norm: probe -> Frobenius norm of its displacement over all leaves.
     """
 
-    paths: frozenset[str]
     draw: Callable[[jax.Array, int], Probe]
-    direction: Callable[[Probe], dict[str, jax.Array]]
+    displacement: Callable[[Probe], Displacement]
     combine: Callable[[jax.Array, Probe], Probe]
     norm: Callable[[Probe], jax.Array]
 
 
-def in_subspace(
-    views: Mapping[str, MatrixView],
-    q: Mapping[str, jax.Array],
-    r: Mapping[str, jax.Array],
-    params: Mapping[str, jax.Array],
-) -> Directions:
-    """LORENZA's directions Q diag(u) R.
+def in_subspace(subspaces: Subspaces, partners: Mapping[str, jax.Array]) -> Directions:
+    """LORENZA's directions Q diag(u) R, in the oriented view P diag(u) K.
 
     Args:
-      views: The view of each projected leaf, by path.
-      q: Left factors ([b,] m, r).
-      r: Right factors ([b,] r, n).
-      params: The leaves, whose shardings the directions take.
+      subspaces: The projectors P ([b,] k, r).
+      partners: The other factor K ([b,] p, l) of each leaf, p <= r, orthonormal rows or rows of
+        any other length that they shall be weighted with.
     """
 
     def draw(key: jax.Array, num_probes: int) -> Probe:
-        shapes = {path: (num_probes, *q[path].shape[:-2], q[path].shape[-1]) for path in views}
-        dtypes = {path: _at_least_float32(params[path]) for path in views}
+        shapes = {path: (num_probes, *k.shape[:-1]) for path, k in partners.items()}
+        dtypes = {path: _at_least_float32(k) for path, k in partners.items()}
         return Probe(_normal_by_path(key, shapes, dtypes), None)
 
-    def build(weights: Any, q: Any, r: Any) -> dict[str, jax.Array]:
-        built = {}
-        for path, view in views.items():
-            u = weights[path]
-            scaled = q[path].astype(u.dtype) * u[..., None, :]
-            built[path] = view.leaf(matmul(scaled, r[path].astype(u.dtype)))
-        return built
-
-    def direction(probe: Probe) -> dict[str, jax.Array]:
-        like = {path: params[path] for path in views}
-        factors = [{path: f[path] for path in views} for f in (q, r)]
-        return in_auto_mode(build, probe.weights, *factors, like=like)
+    def displacement(probe: Probe) -> Displacement:
+        low = {}
+        for path, k in partners.items():
+            u = probe.weights[path]
+            rows = u[..., None] * k.astype(u.dtype)
+            missing = subspaces.projectors[path].shape[-1] - k.shape[-2]
+            low[path] = jnp.pad(rows, [*[(0, 0)] * (rows.ndim - 2), (0, missing), (0, 0)])
+        return Displacement(low, {})
 
     def combine(slopes: jax.Array, probes: Probe) -> Probe:
         def mean(u: jax.Array) -> jax.Array:
@@ -96,20 +84,26 @@ def in_subspace(
         return Probe(jax.tree.map(mean, probes.weights), None)
 
     def norm(probe: Probe) -> jax.Array:
-        squares = [_squared_norm(u, q[path], r[path]) for path, u in probe.weights.items()]
-        return jnp.sqrt(sum(squares, jnp.float32(0)))
+        return displacement_norm(displacement(probe), subspaces)
 
-    return Directions(frozenset(views), draw, direction, combine, norm)
+    return Directions(draw, displacement, combine, norm)
 
 
-def _squared_norm(u: jax.Array, q: jax.Array, r: jax.Array) -> jax.Array:
-    """‖Q diag(u) R‖² = uᵀ (QᵀQ ∘ RRᵀ) u; for factors kept in float32 that is ‖u‖²."""
-    if jnp.finfo(q.dtype).bits >= 32:
-        return jnp.sum(u * u)
+def displacement_norm(move: Displacement, subspaces: Subspaces) -> jax.Array:
+    """Frobenius norm over all leaves, without forming P N."""
+    squares = [_squared_norm(low, subspaces.projectors[path]) for path, low in move.low.items()]
+    squares += [jnp.sum(full * full) for full in move.full.values()]
+    return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def _squared_norm(low: jax.Array, projector: jax.Array) -> jax.Array:
+    """‖P N‖² = tr Nᵀ (PᵀP) N; for factors kept in float32 that is ‖N‖²."""
+    if jnp.finfo(projector.dtype).bits >= 32:
+        return jnp.sum(low * low)
     # Rounded to bfloat16 the factors are orthonormal to 1e-2 only.
-    q, r = q.astype(u.dtype), r.astype(u.dtype)
-    gram = matmul(q.swapaxes(-1, -2), q) * matmul(r, r.swapaxes(-1, -2))
-    return jnp.sum(u * matmul(gram, u[..., None])[..., 0])
+    projector = projector.astype(low.dtype)
+    gram = matmul(projector.swapaxes(-1, -2), projector)
+    return jnp.sum(low * matmul(gram, low))
 
 
 def full_space(params: Mapping[str, jax.Array]) -> Directions:
@@ -133,8 +127,8 @@ def full_space(params: Mapping[str, jax.Array]) -> Directions:
             return add(start, (weights[0], keys[0]))[0]
         return jax.lax.scan(add, start, (weights, keys))[0]  # one direction at a time in memory
 
-    def direction(probe: Probe) -> dict[str, jax.Array]:
-        return in_auto_mode(build, *probe, like=dict(params))
+    def displacement(probe: Probe) -> Displacement:
+        return Displacement({}, in_auto_mode(build, *probe, like=dict(params)))
 
     def combine(slopes: jax.Array, probes: Probe) -> Probe:
         assert probes.keys is not None
@@ -142,10 +136,9 @@ def full_space(params: Mapping[str, jax.Array]) -> Directions:
         return Probe(weights, probes.keys[:, 0])
 
     def norm(probe: Probe) -> jax.Array:
-        squares = [jnp.sum(leaf * leaf) for leaf in direction(probe).values()]
-        return jnp.sqrt(sum(squares, jnp.float32(0)))
+        return displacement_norm(displacement(probe), Subspaces({}, {}))
 
-    return Directions(frozenset(params), draw, direction, combine, norm)
+    return Directions(draw, displacement, combine, norm)
 
 
 def _normal_by_path(

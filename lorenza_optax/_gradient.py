@@ -1,37 +1,38 @@
-"""The gradient at the ascent point: what both ways of asking for it have in common."""
+"""The gradient at the ascent point: what all ways of asking for it have in common."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lorenza_optax._ascent import (
-    AscentConfig,
-    displace,
-    estimate_ascent,
-)
-from lorenza_optax._calls import check_scalar
+from lorenza_optax._ascent import Ascent, AscentConfig, zero_moves
 from lorenza_optax._checks import value_at
 from lorenza_optax._directions import Directions, Probe
-from lorenza_optax._paths import leaves_by_path
+from lorenza_optax._landscape import Displacement, Landscape, Subspaces
+from lorenza_optax._mesh import mark_varying
 
 __all__ = [
     "FullSpaceAscentState",
+    "LowRankGradient",
     "SubspaceAscentState",
+    "SubspaceGradients",
+    "after_ascent",
+    "ascend",
     "draw_probes",
-    "gradient_in_update",
+    "full_gradient",
     "initial_ascent_state",
+    "like_params",
+    "low_rank_gradient",
     "step_key",
-    "value_and_grad_at_ascent",
+    "varying",
     "without_ascent",
 ]
 
 # Salts that are folded into a step's key, so that its uses are independent.
-PROBE, SKETCH, ROUNDING = range(3)
+PROBE, SKETCH, ROUNDING, START = range(4)
 
 
 class SubspaceAscentState(NamedTuple):
@@ -90,154 +91,140 @@ def draw_probes(
     return directions.draw(step_key(state.seed, count, PROBE), config.num_probes)
 
 
-def _evaluation_point(loss: Callable[[Any], Any], params: Any, paths: frozenset[str]) -> Any:
-    """The parameters with perturbed leaves in at least float32, so that ε is not rounded away.
-
-    A displacement is smaller than a bfloat16 step of most weights. Where a mixture of dtypes
-    does not go through the loss (a scan's carry must keep its dtype), all leaves are widened.
-    """
-    arrays = leaves_by_path(params)
-    treedef = jax.tree.structure(params)
-    wide = {
-        path: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        for path, leaf in arrays.items()
-    }
-    mixed = {path: wide[path] if path in paths else leaf for path, leaf in arrays.items()}
-    if all(leaf.dtype == mixed[path].dtype for path, leaf in arrays.items()):
-        return params
-    jax.eval_shape(loss, params)  # what is wrong with the loss itself is raised as it is
-    failure: Exception | None = None
-    for candidate in (mixed, wide):
-        point = jax.tree.unflatten(treedef, list(candidate.values()))
-        try:
-            jax.eval_shape(loss, point)
-            return point
-        except TypeError as error:
-            failure = error
-    raise TypeError(
-        "value_fn does not accept float32 parameters, which a perturbation needs: in"
-        f" {', '.join(sorted({str(leaf.dtype) for leaf in arrays.values()}))} it would be rounded"
-        " away. Let it cast its activations where it needs a fixed dtype (a scan's carry), or"
-        " pass rho=0."
-    ) from failure
+def varying(tree: Any, config: AscentConfig) -> Any:
+    """A tree of arrays, marked where the loss is per device."""
+    if config.axis_name is None:
+        return tree
+    return jax.tree.map(lambda leaf: mark_varying(leaf, config.axis_name), tree)
 
 
-def _varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
-    """Marks a leaf as different on each device of a mapped axis.
-
-    ``shard_map`` sums the gradient of what it knows to be replicated over the axis; the mean
-    that is meant would then be of sums.
-    """
-    axes = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
-    known = getattr(jax.typeof(leaf), "vma", frozenset())
-    missing = tuple(axis for axis in axes if axis not in known)
-    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-
-def value_and_grad_at_ascent(
-    loss: Callable[[Any], Any],
-    params: Any,
-    directions: Directions,
-    probes: Probe,
+def ascend(
+    ascent: Ascent | None,
     config: AscentConfig,
     *,
     count: jax.Array,
     ready: jax.typing.ArrayLike,
-    has_aux: bool = False,
-) -> tuple[Any, Any, jax.Array, jax.Array]:
-    """The loss and its gradient at θ + ε, with ε = ρ A / ‖A‖.
-
-    One backward pass, always. The forward passes that find A are made on perturbed steps only.
+) -> tuple[Displacement, jax.Array, jax.Array]:
+    """The move ε = ρ A / ‖A‖ of update ``count``; what finds A runs on perturbed steps only.
 
     Args:
-      loss: Parameters to a scalar, or with ``has_aux`` to (scalar, aux).
-      params: θ.
-      directions: Where A is looked for.
-      probes: The stacked probes of this step, members of ``directions``.
+      ascent: The way to find A; None if no step is ever perturbed.
       config: The ascent's configuration.
       count: Updates made so far: the argument of schedules, and of ``perturb_every``.
       ready: Whether there is a subspace yet.
-      has_aux: Whether ``loss`` returns auxiliary output too.
 
     Returns:
-      ``(value or (value, aux), gradients, ‖A‖, perturbed)``; the gradients have the dtypes of
-      ``params``.
+      (ε, ‖A‖, whether this step is perturbed); ε has no leaves if ``ascent`` is None.
+    """
+    if ascent is None:
+        return Displacement({}, {}), jnp.zeros((), jnp.float32), jnp.zeros((), bool)
+    rho = value_at(config.rho, count)
+    perturbed = jnp.asarray(ready) & (jnp.asarray(rho) != 0)
+    perturbed &= count % config.perturb_every == 0
+    nothing = (ascent.zero, jnp.zeros((), jnp.float32))
+    coordinates, norm = jax.lax.cond(perturbed, ascent.find, lambda: nothing)
+    return ascent.displacement(coordinates, rho), norm, perturbed & (norm > 0)
+
+
+def _mean(tree: Any, config: AscentConfig) -> Any:
+    return tree if config.axis_name is None else jax.lax.pmean(tree, config.axis_name)
+
+
+def _mean_value(near: Landscape, value: Any, config: AscentConfig) -> Any:
+    return (_mean(value[0], config), value[1]) if near.has_aux else _mean(value, config)
+
+
+def full_gradient(
+    near: Landscape, move: Displacement, config: AscentConfig
+) -> tuple[Any, dict[str, jax.Array]]:
+    """The loss at θ + ε and its gradient by all leaves, one backward pass."""
+
+    def loss(leaves: dict[str, jax.Array]) -> Any:
+        return near.at(move, leaves)
+
+    value, gradient = jax.value_and_grad(loss, has_aux=near.has_aux)(near.leaves)
+    return _mean_value(near, value, config), _mean(gradient, config)
+
+
+class LowRankGradient(NamedTuple):
+    """A gradient of which projected leaves have only what lies in their subspace.
+
+    Attributes:
+      low: ĝ = Pᵀ G ([b,] r, l) of projected leaves, in the oriented view.
+      others: The gradients of the other leaves.
+      sketches: G Ω ([b,] k, s) of projected leaves where Ω was given, else empty.
     """
 
-    def checked(at: Any) -> Any:
-        result = loss(at)
-        check_scalar(result, has_aux)
-        return result
-
-    def scalar(at: Any) -> jax.Array:
-        return checked(at)[0] if has_aux else checked(at)
-
-    point, norm, perturbed = params, jnp.zeros((), jnp.float32), jnp.zeros((), bool)
-    if directions.paths and not config.never_perturbs:
-        rho, mu = value_at(config.rho, count), value_at(config.mu, count)
-        perturbed = jnp.asarray(ready) & (jnp.asarray(rho) != 0)
-        perturbed &= count % config.perturb_every == 0
-        center = _evaluation_point(checked, params, directions.paths)
-        weights, norm = jax.lax.cond(
-            perturbed,
-            lambda: estimate_ascent(scalar, center, directions, probes, mu, config),
-            lambda: (directions.combine(jnp.zeros(config.num_probes), probes).weights, norm),
-        )
-        perturbed &= norm > 0
-        ascent = Probe(weights, None if probes.keys is None else probes.keys[:, 0])
-        point = displace(center, directions.direction(ascent.scaled(rho)), 1)
-    if config.axis_name is not None:
-        point = jax.tree.map(lambda leaf: _varying(leaf, config.axis_name), point)
-    value, grads = jax.value_and_grad(checked, has_aux=has_aux)(point)
-    if config.axis_name is not None:
-        grads = jax.lax.pmean(grads, config.axis_name)
-        mean = jax.lax.pmean(value[0] if has_aux else value, config.axis_name)
-        value = (mean, value[1]) if has_aux else mean
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-    return value, grads, norm, perturbed
+    low: dict[str, jax.Array]
+    others: dict[str, jax.Array]
+    sketches: dict[str, jax.Array]
 
 
-def gradient_in_update(
-    value_fn: Callable[..., Any],
-    extra_args: Mapping[str, Any],
-    params: Any,
-    state: AscentState,
-    directions: Directions,
+def low_rank_gradient(
+    near: Landscape,
+    subspaces: Subspaces,
+    move: Displacement,
     config: AscentConfig,
-    *,
-    count: jax.Array,
-    ready: jax.typing.ArrayLike,
-) -> tuple[Any, AscentState]:
-    """The gradient at the ascent point for an ``update`` that was given ``value_fn``.
+    columns: Mapping[str, jax.Array] | None = None,
+) -> tuple[Any, LowRankGradient]:
+    """The loss at θ + ε and its gradient by N in W + P N: none has the size of a projected leaf.
 
     Args:
-      value_fn: The user's loss; it gets those of ``extra_args`` that it names, as in Optax.
-      extra_args: The keyword arguments of ``update``.
-      params: θ.
-      state: The ascent's state.
-      directions: Where A is looked for.
-      config: The ascent's configuration.
-      count: Updates made so far.
-      ready: Whether there is a subspace yet.
-
-    Returns:
-      The gradient, and the state with what was found; a loss that is not finite leaves the
-      last value in it.
+      near: The loss near θ.
+      subspaces: The projectors P ([b,] k, r).
+      move: ε; without leaves it is zero.
+      config: ``axis_name``.
+      columns: Ωᵀ ([b,] s, l) by path; if given, G Ω comes from the same backward pass.
     """
-    named = inspect.signature(value_fn).parameters
-    kwargs = {name: value for name, value in extra_args.items() if name in named}
-    value, gradients, norm, perturbed = value_and_grad_at_ascent(
-        lambda at: value_fn(at, **kwargs),
-        params,
-        directions,
-        draw_probes(directions, state, count, config),
-        config,
-        count=count,
-        ready=ready,
-    )
+    still = zero_moves(near, subspaces)
+    # Without a perturbation P N is known to be zero, and only its derivative is evaluated.
+    low = varying({path: move.low.get(path, zeros) for path, zeros in still.items()}, config)
+    others = {path: leaf for path, leaf in near.leaves.items() if path not in still}
+    zeros = {}
+    for path, rows in (columns or {}).items():
+        projector = subspaces.projectors[path]
+        zeros[path] = jnp.zeros((*projector.shape[:-1], rows.shape[-2]), rows.dtype)
+    zeros = varying(zeros, config)
+
+    def loss(low: Any, others: Any, zeros: Any) -> Any:
+        return near.at(
+            Displacement(low, move.full),
+            {**near.leaves, **others},
+            vanishes=not move.low,
+            products={path: (zero, (columns or {})[path]) for path, zero in zeros.items()},
+        )
+
+    value, gradient = jax.value_and_grad(loss, (0, 1, 2), has_aux=near.has_aux)(low, others, zeros)
+    return _mean_value(near, value, config), LowRankGradient(*_mean(gradient, config))
+
+
+def after_ascent(
+    state: AscentState, value: jax.Array, norm: jax.Array, perturbed: jax.Array
+) -> AscentState:
+    """The state with what was found; a loss that is not finite leaves the last value in it."""
     value = value.astype(jnp.float32)
-    return gradients, state._replace(
+    return state._replace(
         value=jnp.where(jnp.isfinite(value), value, state.value),
         ascent_norm=norm,
         perturbed=perturbed,
     )
+
+
+class SubspaceGradients(NamedTuple):
+    """A gradient in the subspaces, for ``update``; sums of several are one too.
+
+    Attributes:
+      projected: ĝ by path: Qᵀ G ([b,] r, n) or, where the right side is compressed, (G Rᵀ)ᵀ
+        ([b,] r, m).
+      others: The full gradients of the leaves that are not projected, by path.
+    """
+
+    projected: Any
+    others: Any
+
+
+def like_params(gradient: Mapping[str, jax.Array], params: Any) -> Any:
+    """A gradient by path as a tree like the parameters, in their dtypes."""
+    leaves = [g.astype(p.dtype) for g, p in zip(gradient.values(), jax.tree.leaves(params),
+                                                strict=True)]  # fmt: skip
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)

@@ -8,9 +8,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-__all__ = ["MOMENT_DTYPES", "check_inner", "check_sign", "load_moments", "store_moments"]
+__all__ = [
+    "FIRST_MOMENTS",
+    "MOMENT_DTYPES",
+    "check_inner",
+    "check_sign",
+    "first_moment",
+    "load_moments",
+    "store_moments",
+]
 
 MOMENT_DTYPES = ("float32", "bfloat16")
+
+# What Optax calls a running mean of gradients.
+FIRST_MOMENTS = ("mu", "trace", "ema")
 
 
 def check_inner(inner: optax.GradientTransformationExtraArgs, example: dict[str, Any]) -> None:
@@ -62,6 +73,18 @@ def check_sign(inner: optax.GradientTransformation) -> None:
             " rate and its sign flip, so the parameters would ascend. Use a transformation of"
             " the scale_by_* kind (optax.scale_by_adam(), not optax.adam(1e-3))."
         )
+
+
+def first_moment(state: Any) -> Any:
+    """The tree of first moments in an inner state, under one of Optax's names; None if none."""
+    if not isinstance(state, tuple):
+        return None
+    if hasattr(state, "_fields"):
+        fields = state._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+        for name in FIRST_MOMENTS:
+            if jax.tree.leaves(fields.get(name)):
+                return fields[name]
+    return next((found for child in state if (found := first_moment(child)) is not None), None)
 
 
 def _is_moment(leaf: Any) -> bool:

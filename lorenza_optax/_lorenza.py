@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +32,14 @@ def scale_by_lorenza(
     estimator: str = "auto",
     probe_batch_size: int | None = None,
     perturb_every: int = 1,
+    probe_rank: int | None = None,
+    probe_factors: str = "svd",
+    scale_probes: bool = False,
+    ascent_fn: Callable[..., Any] | None = None,
+    factored: bool = True,
+    refresh: str = "sketch",
+    stagger: bool = False,
+    factored_updates: bool = False,
     gradient_transform: optax.GradientTransformation | None = None,
     factor_dtype: Any = None,
     moment_dtype: Any = None,
@@ -58,10 +67,18 @@ def scale_by_lorenza(
       base_optimizer: Any ``scale_by_*`` transformation instead of Adam.
       proj_type: Which side is compressed.
       moment_transport: How the inner state crosses a refresh.
-      ascent: "zo" or "none".
+      ascent: "zo", "subspace", "momentum", "signed_momentum" or "none".
       estimator: How slopes are taken.
       probe_batch_size: How many probes are evaluated at once.
       perturb_every: Perturb each k-th step only.
+      probe_rank: How many singular pairs probes use.
+      probe_factors: "svd" or "momentum": the right factors of probes.
+      scale_probes: Whether probes are scaled with the singular values.
+      ascent_fn: The loss whose ascent is looked for, instead of ``value_fn``.
+      factored: Whether perturbed weights are kept factored.
+      refresh: "sketch" or "gradient".
+      stagger: Whether refreshes are spread over the updates.
+      factored_updates: Whether updates are left as products.
       gradient_transform: Applied to the gradient before it is projected.
       factor_dtype: Dtype in which Q and R are kept.
       moment_dtype: Dtype in which moments are kept.
@@ -115,6 +132,14 @@ def lorenza(
     estimator: str = "auto",
     probe_batch_size: int | None = None,
     perturb_every: int = 1,
+    probe_rank: int | None = None,
+    probe_factors: str = "svd",
+    scale_probes: bool = False,
+    ascent_fn: Callable[..., Any] | None = None,
+    factored: bool = True,
+    refresh: str = "sketch",
+    stagger: bool = False,
+    factored_updates: bool = False,
     gradient_transform: optax.GradientTransformation | None = None,
     factor_dtype: Any = None,
     moment_dtype: Any = None,
@@ -177,13 +202,36 @@ def lorenza(
         ``optax.contrib.galore`` does), "left" the rows, "right" the columns.
       moment_transport: At a refresh "keep" leaves the inner state as it is (GaLore), "reset"
         makes it new, "rotate" carries the moments over to the new basis (LDAdam).
-      ascent: "zo", the published probes, or "none".
+      ascent: How A is found. "zo": the published probes. "subspace": the exact direction, by one
+        more backward pass in the subspace; leaves that are not projected are perturbed too, by
+        their own gradient. "momentum": the first moment, at no extra pass; "signed_momentum"
+        turns it uphill by one probe. "none": not at all.
       estimator: "jvp" takes each slope d_j exactly by forward-mode differentiation, "central"
         and "forward" by differences of the loss; "auto" is "jvp", or "central" where the loss
         has no forward-mode rule (``jax.custom_vjp``).
-      probe_batch_size: How many probes are evaluated at once; None for all. Each holds a
-        perturbed copy of the projected weights.
+      probe_batch_size: How many probes are evaluated at once; None for all, which share the
+        weights and hold their own activations.
       perturb_every: Perturb each k-th step only; the others cost no extra pass.
+      probe_rank: Probes use the leading so many singular pairs only: less variance, and R is
+        kept with so many rows. None for r.
+      probe_factors: "svd" keeps the right factors R of the last refresh; "momentum" takes the
+        normalized rows of the first moment instead, which need no memory.
+      scale_probes: Whether u is scaled with the singular values, so that probes prefer the
+        directions in which the gradient was large.
+      ascent_fn: Another loss for the ascent, for example on a part of the batch; it gets those
+        extra arguments of ``update`` that it names, as ``value_fn`` does.
+      factored: Whether losses are evaluated as x W + (x Q) N, without a copy of the weights.
+        Leaves that the loss uses otherwise than linearly are perturbed plainly, and named in a
+        warning.
+      refresh: "sketch" takes new subspaces from products of the gradient with the old ones,
+        which the backward pass at a refresh yields without forming a full gradient; they serve
+        from the next update on, and the first three updates all refresh. "gradient" takes the
+        randomized SVD of a full gradient, as published. A refresh from a gradient that is given
+        to ``update`` is always of the second kind.
+      stagger: Spreads refreshes over the T updates after the first, a few matrices at each;
+        needs ``refresh="gradient"``, and takes a full gradient at every update.
+      factored_updates: Leaves updates of projected leaves as products, for
+        :func:`apply_updates`, which adds them in place.
       gradient_transform: An Optax transformation applied to the gradient before it is
         projected, such as ``optax.clip_by_global_norm(1.0)``.
       factor_dtype: Dtype in which Q and R are kept; None for that of the parameters.
@@ -236,4 +284,5 @@ def lorenza(
     check_not_injected("mask", mask)
     chosen = dict(locals())
     behind = [chosen.pop(name) for name in ("weight_decay", "mask", "learning_rate")]
-    return with_decay(scale_by(**chosen, residual="discard"), *behind)
+    scaled = scale_by(**chosen, residual="discard")
+    return with_decay(scaled, *behind, factored_updates=factored_updates)

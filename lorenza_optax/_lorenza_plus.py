@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,6 +36,11 @@ def lorenza_plus(
     estimator: str = "auto",
     probe_batch_size: int | None = None,
     perturb_every: int = 1,
+    probe_rank: int | None = None,
+    probe_factors: str = "svd",
+    scale_probes: bool = False,
+    ascent_fn: Callable[..., Any] | None = None,
+    factored: bool = True,
     gradient_transform: optax.GradientTransformation | None = None,
     factor_dtype: Any = None,
     moment_dtype: Any = None,
@@ -57,7 +63,8 @@ def lorenza_plus(
     with the growth of the added part's norm ("fira") or of N's ("sumo") limited to a factor of
     1.01 or 1.1 from one update to the next. On the main job the two ended alike (validation
     losses 1.854 and 1.855 at the better of two scales, one seed; :func:`lorenza` 1.812);
-    "fira" is the default.
+    "fira" is the default. What is added back is outside the subspace, so every update takes a
+    full gradient, and refreshes are from it.
 
     Args:
       learning_rate: Step size γ, a float or a schedule.
@@ -76,10 +83,15 @@ def lorenza_plus(
       mask: Optax's weight-decay mask.
       proj_type: Which side is compressed.
       moment_transport: How the inner state crosses a refresh.
-      ascent: "zo" or "none".
+      ascent: "zo", "subspace", "momentum", "signed_momentum" or "none".
       estimator: How slopes are taken.
       probe_batch_size: How many probes are evaluated at once.
       perturb_every: Perturb each k-th step only.
+      probe_rank: How many singular pairs probes use.
+      probe_factors: "svd" or "momentum": the right factors of probes.
+      scale_probes: Whether probes are scaled with the singular values.
+      ascent_fn: The loss whose ascent is looked for, instead of ``value_fn``.
+      factored: Whether perturbed weights are kept factored.
       gradient_transform: Applied to the gradient before it is projected.
       factor_dtype: Dtype in which Q and R are kept.
       moment_dtype: Dtype in which moments are kept.

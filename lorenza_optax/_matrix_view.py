@@ -74,6 +74,11 @@ class MatrixView:
         return self.n if self.compressed == "left" else self.m
 
     @property
+    def compressed_size(self) -> int:
+        """The length of the side that is compressed."""
+        return self.m if self.compressed == "left" else self.n
+
+    @property
     def _order(self) -> tuple[int, ...]:
         return self.batch_axes + self.row_axes + self.column_axes
 
@@ -90,9 +95,21 @@ class MatrixView:
         """([b,] m, n) to ([b,] compressed, free) and back."""
         return matrix if self.compressed == "left" else matrix.swapaxes(-1, -2)
 
+    def product(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Factors ([b,] m, s), ([b,] s, n) of the matrix whose oriented view is a b."""
+        if self.compressed == "left":
+            return a, b
+        return b.swapaxes(-1, -2), a.swapaxes(-1, -2)
+
     def projector(self, q: jax.Array | None, r: jax.Array | None) -> jax.Array:
         """P of shape ([b,] compressed, r) from the factors Q ([b,] m, r) and R ([b,] r, n)."""
         factor = q if self.compressed == "left" else r
+        assert factor is not None
+        return self.orient(factor)
+
+    def partner(self, q: jax.Array | None, r: jax.Array | None) -> jax.Array:
+        """K of shape ([b,] r, free), the factor that does not project."""
+        factor = r if self.compressed == "left" else q
         assert factor is not None
         return self.orient(factor)
 

@@ -1,4 +1,4 @@
-"""Running array code on any mesh: Auto inside, the caller's shardings outside."""
+"""Running array code on any mesh, and under mapped axes."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def in_auto_mode(function: Callable[..., Any], *args: Any, like: Any) -> Any:
         return function(*args)
     shardings = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, like)
     return jax.sharding.auto_axes(function, out_sharding=shardings)(*args)
+
+
+def mark_varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
+    """Marks a leaf as different on each device of a mapped axis.
+
+    ``shard_map`` sums the gradient of what it knows to be replicated over the axis; the mean
+    that is meant would then be of sums.
+    """
+    axes = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    known = getattr(jax.typeof(leaf), "vma", frozenset())
+    missing = tuple(axis for axis in axes if axis not in known)
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,19 +11,18 @@ import jax.numpy as jnp
 import optax
 
 from lorenza_optax._ascent import AscentConfig
-from lorenza_optax._directions import Directions, Probe, full_space, in_subspace
-from lorenza_optax._gradient import (
-    FullSpaceAscentState,
-    draw_probes,
-    value_and_grad_at_ascent,
-)
+from lorenza_optax._directions import Directions, Probe, in_subspace
+from lorenza_optax._gradient import FullSpaceAscentState, full_gradient, like_params
+from lorenza_optax._in_update import perturbed_landscape
+from lorenza_optax._landscape import Displacement, Subspaces
 from lorenza_optax._matrix_view import MatrixView, matrix_view
 from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import dimension_numbers_by_path
-from lorenza_optax._step import LowRankState
+from lorenza_optax._state import LowRankState
+from lorenza_optax._surroundings import Surroundings, applied, of_state
 from lorenza_optax._zo_sam import ZoSamState
 
-__all__ = ["perturbed_value_and_grad"]
+__all__ = ["find_states", "perturbed_value_and_grad"]
 
 
 def perturbed_value_and_grad(
@@ -35,6 +35,12 @@ def perturbed_value_and_grad(
     estimator: str = "auto",
     probe_batch_size: int | None = None,
     perturb_every: int = 1,
+    probe_rank: int | None = None,
+    probe_factors: str = "svd",
+    scale_probes: bool = False,
+    ascent_fn: Callable[..., Any] | None = None,
+    factored: bool = True,
+    proj_type: str = "std",
     weight_dimension_numbers: Any = None,
     axis_name: Any = None,
     has_aux: bool = False,
@@ -56,11 +62,17 @@ def perturbed_value_and_grad(
         that both functions take in one dict.
       mu: Smoothing radius μ.
       num_probes: Number q of probes.
-      ascent: "zo" or "none".
+      ascent: "zo", "subspace", "momentum", "signed_momentum" or "none".
       estimator: "auto", "jvp", "central" or "forward".
       probe_batch_size: How many probes are evaluated at once.
       perturb_every: Perturb each k-th step only.
-      weight_dimension_numbers: As given to :func:`lorenza`.
+      probe_rank: How many singular pairs probes use.
+      probe_factors: "svd" or "momentum": the right factors of probes.
+      scale_probes: Whether probes are scaled with the singular values.
+      ascent_fn: The loss whose ascent is looked for, with the arguments of ``value_fn``.
+      factored: Whether perturbed weights are kept factored.
+      proj_type: As given to :func:`lorenza`.
+      weight_dimension_numbers: Likewise.
       axis_name: Mapped axis over which the loss is per device (``shard_map``, ``pmap``).
       has_aux: Whether ``value_fn`` returns auxiliary output.
 
@@ -92,30 +104,45 @@ def perturbed_value_and_grad(
       True
     """
     config = AscentConfig(
-        rho, mu, num_probes, ascent, estimator, probe_batch_size, perturb_every, axis_name
+        rho=rho,
+        mu=mu,
+        num_probes=num_probes,
+        ascent=ascent,
+        estimator=estimator,
+        probe_batch_size=probe_batch_size,
+        perturb_every=perturb_every,
+        axis_name=axis_name,
+        probe_rank=probe_rank,
+        probe_factors=probe_factors,
+        scale_probes=scale_probes,
+        ascent_fn=ascent_fn,
+        factored=factored,
     )
 
     def value_and_grad(params: Any, *args: Any, opt_state: Any, **kwargs: Any) -> tuple[Any, Any]:
-        states = _find_states(opt_state)
-        directions, probes, ready = _directions(params, states, config, weight_dimension_numbers)
-        value, grads, _, _ = value_and_grad_at_ascent(
-            lambda at: value_fn(at, *args, **kwargs),
-            params,
-            directions,
-            probes,
+        states = find_states(opt_state)
+        around = _surroundings(params, states, config, weight_dimension_numbers, proj_type)
+        near, move, _, _ = perturbed_landscape(
             config,
-            count=_array(states[0].count),
-            ready=ready,
-            has_aux=has_aux,
+            around,
+            states[0].count,
+            params,
+            lambda at: value_fn(at, *args, **kwargs),
+            applied(ascent_fn, *args, **kwargs),
+            has_aux,
         )
-        return value, grads
+        value, gradient = full_gradient(near, move, config)
+        near.warn()
+        return value, like_params(gradient, params)
 
     return value_and_grad
 
 
-def _find_states(opt_state: Any) -> list[Any]:
+def find_states(opt_state: Any) -> list[Any]:
     is_ours = lambda node: isinstance(node, (LowRankState, ZoSamState))  # noqa: E731
-    states = list(filter(is_ours, jax.tree.leaves(opt_state, is_leaf=is_ours)))
+    found = filter(is_ours, jax.tree.leaves(opt_state, is_leaf=is_ours))
+    # Arrays out of the boxes that NNX may keep them in.
+    states = [jax.tree.map(_array, state, is_leaf=_is_box) for state in found]
     if not states:
         raise ValueError(
             "opt_state holds no state of lorenza, adazo_sam or zo_sam_perturbation (found a"
@@ -125,15 +152,22 @@ def _find_states(opt_state: Any) -> list[Any]:
     return states
 
 
+def _is_box(node: Any) -> bool:
+    return not isinstance(node, (tuple, dict)) and not jax.tree_util.all_leaves([node])
+
+
 def _array(leaf: Any) -> jax.Array:
-    """A state's array, out of the box that NNX may keep it in."""
     return jax.tree.leaves(leaf)[0]
 
 
-def _directions(
-    params: Any, states: list[Any], config: AscentConfig, weight_dimension_numbers: Any
-) -> tuple[Directions, Probe, jax.Array]:
-    """The directions that all states span together, their probes, and whether all have any."""
+def _surroundings(
+    params: Any,
+    states: list[Any],
+    config: AscentConfig,
+    weight_dimension_numbers: Any,
+    proj_type: str,
+) -> Surroundings:
+    """What all states together say; their probes are drawn each from its own seed."""
     arrays = leaves_by_path(params)
     in_full = [isinstance(state.ascent, FullSpaceAscentState) for state in states]
     if any(in_full):
@@ -142,56 +176,83 @@ def _directions(
                 "opt_state holds both a state with an ascent in the full space (adazo_sam,"
                 " zo_sam_perturbation) and one of lorenza: perturb by one of them only."
             )
-        directions = full_space(arrays)
-        return directions, _draw(directions, states[0], config), jnp.ones((), bool)
+        return of_state(config, {}, states[0])
 
     numbers = dimension_numbers_by_path(weight_dimension_numbers, params, arrays)
-    views, q, r, weights = {}, {}, {}, {}
+    found: list[Surroundings] = []
     for state in states:
-        left = {path: _array(factor) for path, factor in state.q.items()}
-        right = {path: _array(factor) for path, factor in state.r.items()}
-        if set(left) != set(right) and not config.never_perturbs:
-            raise ValueError(
-                "opt_state holds one factor of each subspace only, because the optimizer was made"
-                " with rho=0: give it the same rho as perturbed_value_and_grad."
-            )
-        if overlap := sorted(set(left) & set(q)):
+        paths = list(state.q) + [path for path in state.r if path not in state.q]
+        if overlap := sorted(
+            path for path in paths if any(path in f.subspaces.views for f in found)
+        ):
             raise ValueError(f"Two states in opt_state both project {', '.join(overlap)}.")
-        own = {path: _view(path, arrays, numbers, left, right) for path in left if path in right}
-        views, q, r = {**views, **own}, {**q, **left}, {**r, **right}
-        family = in_subspace(own, left, right, arrays)
-        weights |= _draw(family, state, config).weights
+        views = {path: _view(path, arrays, numbers, proj_type, state) for path in paths}
+        try:
+            found.append(of_state(config, views, state))
+        except KeyError:
+            raise ValueError(
+                "opt_state does not hold what this ascent needs, because the optimizer was made"
+                " with other arguments (rho=0, another ascent, probe_factors or scale_probes):"
+                " give it and perturbed_value_and_grad the same."
+            ) from None
+    return _together(found)
+
+
+def _together(found: list[Surroundings]) -> Surroundings:
+    def union(*parts: Any) -> Any:
+        return {path: value for part in parts for path, value in part.items()}
+
+    def draw(directions: Directions) -> Probe:
+        weights = [one.draw(in_subspace(one.subspaces, one.partners)).weights for one in found]
+        return Probe(union(*weights), None)
+
     # A state whose leaves all run in full never refreshes, and has nothing to wait for.
-    refreshed = [_array(state.last_refresh) >= 0 for state in states if state.q]
-    ready = jnp.all(jnp.stack([jnp.ones((), bool), *refreshed]))
-    return in_subspace(views, q, r, arrays), Probe(weights, None), ready
-
-
-def _draw(directions: Directions, state: Any, config: AscentConfig) -> Probe:
-    ascent = state.ascent._replace(seed=_array(state.ascent.seed))
-    return draw_probes(directions, ascent, _array(state.count), config)
+    return Surroundings(
+        Subspaces(
+            union(*(one.subspaces.views for one in found)),
+            union(*(one.subspaces.projectors for one in found)),
+        ),
+        union(*(one.partners for one in found)),
+        union(*(one.rows for one in found)),
+        Displacement(
+            union(*(one.moments.low for one in found)),
+            union(*(one.moments.full for one in found)),
+        ),
+        draw,
+        False,
+        jnp.all(jnp.stack([one.ready for one in found])),
+    )
 
 
 def _view(
-    path: str, arrays: dict[str, Any], numbers: dict[str, Any] | None, q: Any, r: Any
+    path: str,
+    arrays: dict[str, Any],
+    numbers: dict[str, Any] | None,
+    proj_type: str,
+    state: Any,
 ) -> MatrixView:
-    """A projected leaf's view; its side does not matter, since Q and R are stored as such."""
+    """A projected leaf's view; the side is also told by which factors the state holds."""
     if path not in arrays:
         raise ValueError(
             f"opt_state projects a leaf {path!r} that params do not have: it was made for other"
             " parameters."
         )
-    shape = arrays[path].shape
+    shape, q, r = arrays[path].shape, state.q.get(path), state.r.get(path)
     try:
-        view = matrix_view(shape, None if numbers is None else numbers[path], "left")
-        known = numbers is not None or len(shape) == 2
-        fits = known and q[path].shape[:-1] == (*view.batch, view.m) and r[path].shape[-1] == view.n
+        view = matrix_view(shape, None if numbers is None else numbers[path], proj_type)
+        fits = numbers is not None or len(shape) == 2
+        fits &= q is None or q.shape[:-1] == (*view.batch, view.m)
+        fits &= r is None or (r.shape[:-2], r.shape[-1]) == (view.batch, view.n)
     except ValueError:
         fits = False
     if not fits:
+        shapes = " and ".join(str(factor.shape) for factor in (q, r) if factor is not None)
         raise ValueError(
-            f"opt_state holds factors of shapes {q[path].shape} and {r[path].shape} for leaf"
-            f" {path!r} of shape {shape}, which do not fit: pass the weight_dimension_numbers"
-            " that the optimizer was given, and its own state."
+            f"opt_state holds factors of shapes {shapes} for leaf {path!r} of shape {shape}, which"
+            " do not fit: pass the weight_dimension_numbers that the optimizer was given, and its"
+            " own state."
         )
+    left, right = (0 if q is None else q.shape[-1]), (0 if r is None else r.shape[-2])
+    if left != right:  # the factor that projects has the whole rank
+        view = dataclasses.replace(view, compressed="left" if left > right else "right")
     return view

@@ -14,78 +14,129 @@ from lorenza_optax._gradient import ROUNDING, SKETCH, step_key
 from lorenza_optax._inner import load_moments, store_moments
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._refresh import is_due
+from lorenza_optax._renewal import NewSubspaces, projectors_of, renewed, total
 from lorenza_optax._residual import RESIDUALS, keeps_norm
-from lorenza_optax._subspace import align_signs, new_factors, project
+from lorenza_optax._stagger import staggered
+from lorenza_optax._state import LowRankState, examples
+from lorenza_optax._subspace import lift, project
 from lorenza_optax._transport import transport
 
-__all__ = ["LowRankState", "examples", "low_rank_step"]
+__all__ = [
+    "Prepared",
+    "complete",
+    "prepare",
+    "prepare_low",
+]
 
 Arrays = dict[str, jax.Array]
 
 
-class LowRankState(NamedTuple):
-    """State of a low-rank transformation. Dicts are keyed by a leaf's path, as in the plan.
-
-    They never have the container or a box of the parameters, so no sharding or metadata of a
-    parameter can end up on a low-rank array, and any checkpointer saves them.
+class Prepared(NamedTuple):
+    """A gradient in the subspaces, and what is to be done with it.
 
     Attributes:
-      count: Updates so far, skipped ones included, int32.
-      last_refresh: The count at the last refresh that succeeded, -1 for none, int32.
-      skipped: Updates skipped because the gradient was not finite, int32.
-      q: Left factors Q ([b,] m, r), zero before the first refresh. Only those that project or
-        that the ascent needs.
-      r: Right factors R ([b,] r, n), likewise.
-      projected: Inner state of the projected leaves; moments ([b,] r, l).
-      others: Inner state of the other leaves; moments in the leaf's shape.
-      residual_norms: One number a matrix for residual rules that limit growth, else empty.
-      gradient_transform: State of ``gradient_transform``, else empty.
-      captured_energy: Share of the squared gradient norm of the projected leaves that lay in
-        their subspaces at the last update, float32.
-      ascent: What the ascent keeps: seed, ``value``, ``ascent_norm``, ``perturbed``.
+      low: ĝ = Pᵀ G ([b,] r, l) by path.
+      others: The other leaves' gradients by path.
+      subspaces: (q, r, singular_values) that ``low`` is in, as the state keeps them.
+      projected: Inner state of the projected leaves, in that subspace, as it computes.
+      refreshed: Whether the subspaces are new.
+      usable: Whether the gradient is finite.
+      captured_energy: See :class:`LowRankState`.
     """
 
-    count: Any
-    last_refresh: Any
-    skipped: Any
-    q: Any
-    r: Any
+    low: Arrays
+    others: Arrays
+    subspaces: tuple[Any, Any, Any]
     projected: Any
-    others: Any
-    residual_norms: Any
-    gradient_transform: Any
+    refreshed: Any
+    usable: Any
     captured_energy: Any
-    ascent: Any
 
 
-def examples(plan: ProjectionPlan, leaves: Arrays) -> tuple[Arrays, Arrays]:
-    """Zeros like what the inner optimizer sees: low-rank gradients, and the other leaves'."""
-    low = {
-        path: jnp.zeros(leaf.low_rank_shape, leaf.compute_dtype)
-        for path, leaf in plan.projected.items()
-    }
-    others = {
-        path: jnp.zeros_like(leaves[path], leaf.compute_dtype) for path, leaf in plan.others.items()
-    }
-    return low, others
+def prepare(
+    config: LowRankConfig, plan: ProjectionPlan, gradients: Arrays, state: LowRankState
+) -> tuple[Prepared, Arrays]:
+    """Refreshes the subspaces from a full gradient if that is due, and projects.
+
+    Returns:
+      What was prepared, and the gradient of the projected leaves in the oriented view.
+    """
+    wide = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in gradients.items()}
+    energy = {path: jnp.sum(jnp.square(g)) for path, g in wide.items()}
+    # Refuses inf and nan, and also what would overflow in a second moment.
+    usable = jnp.isfinite(total(energy.values()))
+    wide = {path: jnp.where(usable, g, 0) for path, g in wide.items()}
+
+    matrices = {path: leaf.matrix.matrix(wide[path]) for path, leaf in plan.projected.items()}
+    initial = config.inner.init(examples(plan, wide)[0])
+    moments = load_moments(state.projected, initial)
+    old = (state.q, state.r, state.singular_values)
+    current = (old, moments, jnp.zeros((), bool))
+    if matrices and config.stagger:
+        key = step_key(state.ascent.seed, state.count, SKETCH)
+
+        def some() -> Any:
+            found = staggered(config, plan, matrices, old, state.count, usable, key)
+            return found[0], moments, found[1]
+
+        first = usable & (state.last_refresh < 0)
+        current = jax.lax.cond(
+            first, lambda: renewed(config, plan, matrices, state, moments, initial), some
+        )
+    elif matrices:
+        due = usable & is_due(state.count, state.last_refresh, config.update_proj_gap)
+        current = jax.lax.cond(
+            due, lambda: renewed(config, plan, matrices, state, moments, initial), lambda: current
+        )
+    subspaces, moments, refreshed = current
+    projectors = projectors_of(plan, *subspaces[:2])
+    oriented = {path: plan.leaves[path].matrix.orient(g) for path, g in matrices.items()}
+    low = {path: project(projectors[path], g) for path, g in oriented.items()}
+    captured = total(jnp.sum(jnp.square(g)) for g in low.values())
+    whole = total(energy[path] for path in matrices)
+    share = (captured / jnp.where(whole > 0, whole, 1)).astype(jnp.float32)
+    others = {path: wide[path] for path in plan.others}
+    return Prepared(low, others, subspaces, moments, refreshed, usable, share), oriented
 
 
-def low_rank_step(
+def prepare_low(
     config: LowRankConfig,
     plan: ProjectionPlan,
-    gradients: Arrays,
+    low: Arrays,
+    others: Arrays,
+    state: LowRankState,
+) -> Prepared:
+    """The same from a gradient that is in the subspaces already."""
+    low = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in low.items()}
+    others = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in others.items()}
+    usable = jnp.isfinite(total(jnp.sum(g * g) for g in (*low.values(), *others.values())))
+    zero = lambda tree: {path: jnp.where(usable, g, 0) for path, g in tree.items()}  # noqa: E731
+    moments = load_moments(state.projected, config.inner.init(zero(low)))
+    old = (state.q, state.r, state.singular_values)
+    no = jnp.zeros((), bool)
+    return Prepared(zero(low), zero(others), old, moments, no, usable, state.captured_energy)
+
+
+def complete(
+    config: LowRankConfig,
+    plan: ProjectionPlan,
+    prepared: Prepared,
+    oriented: Arrays,
+    new: NewSubspaces | None,
     targets: Arrays,
     state: LowRankState,
     proposed: LowRankState,
     scale: jax.typing.ArrayLike,
     extra_args: dict[str, Any],
-) -> tuple[Arrays, LowRankState]:
-    """Steps 3 and 4 of an update.
+) -> tuple[dict[str, Any], LowRankState]:
+    """Runs the inner optimizer and lifts: step 4 of an update.
 
     Args:
       config: The method.
       plan: Its plan for these leaves.
-      gradients: The gradient by path.
+      prepared: The gradient in the subspaces.
+      oriented: The full gradient of the projected leaves, for residual rules; else empty.
+      new: Subspaces for the next update, if they were chosen without waiting for the gradient.
       targets: Arrays with the dtypes that the updates shall have.
       state: The state before the update.
       proposed: The same with what the gradient's source and ``gradient_transform`` changed.
@@ -93,110 +144,74 @@ def low_rank_step(
       extra_args: Keyword arguments for the inner optimizer.
 
     Returns:
-      Updates by path (zero if the gradient is not finite), and the state after the update.
+      Updates by path (zero if the gradient is not finite), with ``factored_updates`` as pairs
+      ([b,] m, r), ([b,] r, n) of projected leaves; and the state after the update.
     """
-    wide = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in gradients.items()}
-    energy = {path: jnp.sum(jnp.square(g)) for path, g in wide.items()}
-    # Refuses inf and nan, and also what would overflow in a second moment.
-    usable = jnp.isfinite(_total(energy.values()))
-    wide = {path: jnp.where(usable, g, 0) for path, g in wide.items()}
-
-    matrices = {path: leaf.matrix.matrix(wide[path]) for path, leaf in plan.projected.items()}
-    low_zeros, others_zeros = examples(plan, wide)
-    initial = config.inner.init(low_zeros)
-    moments = load_moments(state.projected, initial)
-    current = (state.q, state.r, moments, jnp.zeros((), bool))
-    if matrices:
-        due = usable & is_due(state.count, state.last_refresh, config.update_proj_gap)
-        current = jax.lax.cond(
-            due, lambda: _refresh(config, plan, matrices, state, moments, initial), lambda: current
-        )
-    q, r, moments, refreshed = current
-
-    projectors = _projectors(plan, q, r)
-    oriented = {path: plan.leaves[path].matrix.orient(g) for path, g in matrices.items()}
-    low = {path: project(projectors[path], g) for path, g in oriented.items()}
+    usable = prepared.usable
+    projectors = projectors_of(plan, *prepared.subspaces[:2])
     inner_update: Callable[..., Any] = config.inner.update
-    inner_low, projected = inner_update(low, moments, None, **extra_args)
+    inner_low, projected = inner_update(prepared.low, prepared.projected, None, **extra_args)
+    initial_others = config.inner.init(prepared.others)
     inner_rest, others = inner_update(
-        {path: wide[path] for path in plan.others},
-        load_moments(state.others, config.inner.init(others_zeros)),
-        None,
-        **extra_args,
+        prepared.others, load_moments(state.others, initial_others), None, **extra_args
     )
 
     updates, norms = {}, {}
     for path, target in targets.items():
         leaf = plan.leaves[path]
         if leaf.view is None:
-            full = inner_rest[path]
+            updates[path] = jnp.where(usable, inner_rest[path], 0).astype(target.dtype)
+            continue
+        inner = jnp.where(usable, scale * inner_low[path], 0).astype(inner_low[path].dtype)
+        if config.factored_updates:
+            updates[path] = leaf.view.product(projectors[path].astype(inner.dtype), inner)
+            continue
+        rule, norm = RESIDUALS[config.residual], state.residual_norms.get(path)
+        if config.residual == "discard":
+            whole = lift(projectors[path], inner)
         else:
-            norm = state.residual_norms.get(path)
-            whole, norms[path] = RESIDUALS[config.residual](
-                oriented[path], projectors[path], low[path], inner_low[path], norm
+            whole, norms[path] = rule(
+                oriented[path], projectors[path], prepared.low[path], inner_low[path], norm
             )
-            full = scale * leaf.view.leaf(leaf.view.orient(whole))
-        updates[path] = jnp.where(usable, full, 0).astype(target.dtype)
+            whole = jnp.where(usable, scale * whole, 0)
+        updates[path] = leaf.view.leaf(leaf.view.orient(whole)).astype(target.dtype)
 
-    captured = _total(jnp.sum(jnp.square(g)) for g in low.values())
-    total = _total(energy[path] for path in matrices)
+    subspaces, refreshed = prepared.subspaces, prepared.refreshed
+    if new is not None:
+        refreshed = new.refreshed & usable
+        kind, decays = config.moment_transport, config.decays
+        initial = config.inner.init(prepared.low)
+        if kind != "keep":
+            projected = jax.lax.cond(
+                refreshed,
+                lambda: transport(kind, projected, initial, new.overlaps, decays),
+                lambda: projected,
+            )
+        subspaces = jax.tree.map(
+            lambda n, o: jnp.where(refreshed, n, o), new.subspaces, prepared.subspaces
+        )
+
     dtype = config.stored_moment_dtype()
     key = step_key(state.ascent.seed, state.count, ROUNDING)
     changed = proposed._replace(
         projected=store_moments(projected, dtype, jax.random.fold_in(key, 0)),
         others=store_moments(others, dtype, jax.random.fold_in(key, 1)),
         residual_norms=norms if keeps_norm(config.residual) else {},
-        captured_energy=(captured / jnp.where(total > 0, total, 1)).astype(jnp.float32),
+        captured_energy=prepared.captured_energy,
     )
-    unchanged = state._replace(q=(), r=())
+    empty: dict[str, Any] = {"q": (), "r": (), "singular_values": ()}
     kept = jax.tree.map(
-        lambda new, old: jnp.where(usable, new, old), changed._replace(q=(), r=()), unchanged
+        lambda new, old: jnp.where(usable, new, old),
+        changed._replace(**empty),
+        state._replace(**empty),
     )
+    q, r, values = subspaces
     return updates, kept._replace(
         count=optax.safe_increment(state.count),
         last_refresh=jnp.where(refreshed, state.count, state.last_refresh),
         skipped=jnp.where(usable, state.skipped, optax.safe_increment(state.skipped)),
         q=q,
         r=r,
+        singular_values=values,
         ascent=proposed.ascent,
     )
-
-
-def _refresh(
-    config: LowRankConfig,
-    plan: ProjectionPlan,
-    matrices: Arrays,
-    state: LowRankState,
-    moments: Any,
-    initial: Any,
-) -> tuple[Any, ...]:
-    """New factors from the gradient, and the moments carried over to them."""
-    key = step_key(state.ascent.seed, state.count, SKETCH)
-    old = _projectors(plan, state.q, state.r)
-    q, r, overlaps = {}, {}, {}
-    for path, matrix in matrices.items():
-        new_q, new_r = new_factors(config.subspace, matrix, config.rank, key)
-        projector = plan.leaves[path].matrix.projector(new_q, new_r)
-        overlap = project(projector, old[path].astype(projector.dtype))
-        q[path], r[path], overlaps[path] = align_signs(new_q, new_r, overlap)
-    carried = transport(config.moment_transport, moments, initial, overlaps, config.decays)
-    new = (
-        {path: q[path].astype(kept.dtype) for path, kept in state.q.items()},
-        {path: r[path].astype(kept.dtype) for path, kept in state.r.items()},
-        carried,
-    )
-    # A decomposition that does not converge gives nan; it stays due, like any failed refresh.
-    succeeded = jnp.isfinite(_total(jnp.sum(factor) for factor in (*q.values(), *r.values())))
-    kept = jax.tree.map(lambda n, o: jnp.where(succeeded, n, o), new, (state.q, state.r, moments))
-    return (*kept, succeeded)
-
-
-def _projectors(plan: ProjectionPlan, q: Arrays, r: Arrays) -> Arrays:
-    return {
-        path: leaf.matrix.projector(q.get(path), r.get(path))
-        for path, leaf in plan.projected.items()
-    }
-
-
-def _total(numbers: Any) -> jax.Array:
-    return sum(numbers, jnp.zeros((), jnp.float32))

@@ -8,26 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorenza_optax._linalg import exact_svd, matmul, randomized_svd
+from lorenza_optax._linalg import exact_svds, matmul, randomized_svds
 
-__all__ = ["SUBSPACES", "lift", "new_factors", "project"]
+__all__ = ["SUBSPACES", "align_signs", "lift", "project"]
 
-# name -> (matrix (m, n), rank, key) -> (q (m, r), s (r,), r (r, n)). Both are orthonormal, so
-# the space outside them is well defined (see _residual.py).
-SUBSPACES: dict[str, Callable[..., Any]] = {"randomized_svd": randomized_svd, "svd": exact_svd}
-
-
-def new_factors(
-    subspace: str, matrix: jax.Array, rank: int, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Factors Q ([b,] m, r) and R ([b,] r, n) of a gradient ([b,] m, n).
-
-    All matrices of a stack, and all leaves with the same n, may share one sketch: it need only
-    be independent of each of them, and the program then has one generator for all.
-    """
-    choose = lambda one: SUBSPACES[subspace](one, rank, key)  # noqa: E731
-    q, _, r = jax.vmap(choose)(matrix) if matrix.ndim == 3 else choose(matrix)
-    return q, r
+# name -> (matrices ([b,] m, n), rank, key) -> [(q ([b,] m, r), s ([b,] r), r ([b,] r, n))]. Both
+# are orthonormal, so the space outside them is well defined (see _residual.py).
+SUBSPACES: dict[str, Callable[..., Any]] = {"randomized_svd": randomized_svds, "svd": exact_svds}
 
 
 def align_signs(

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorenza_optax._inner import FIRST_MOMENTS
 from lorenza_optax._linalg import matmul
 
 __all__ = ["TRANSPORTS", "check_rotatable", "transport"]
 
 TRANSPORTS = ("keep", "reset", "rotate")
 
-FIRST_MOMENTS = ("mu", "trace", "ema")
 SECOND_MOMENT = "nu"
 
 

@@ -14,15 +14,14 @@ from lorenza_optax._ascent import AscentConfig
 from lorenza_optax._calls import check_call
 from lorenza_optax._checks import check_int, check_not_injected
 from lorenza_optax._config import LowRankConfig
-from lorenza_optax._directions import full_space
 from lorenza_optax._gradient import (
     FullSpaceAscentState,
-    gradient_in_update,
     initial_ascent_state,
     without_ascent,
 )
+from lorenza_optax._in_update import full_gradient_in_update
 from lorenza_optax._low_rank import low_rank
-from lorenza_optax._paths import leaves_by_path
+from lorenza_optax._surroundings import of_state
 
 __all__ = ["ZoSamState", "adazo_sam", "zo_sam_perturbation"]
 
@@ -125,15 +124,8 @@ def zo_sam_perturbation(
         count = optax.safe_increment(state.count)
         if value_fn is None:
             return updates, ZoSamState(count, without_ascent(state.ascent))
-        gradients, ascent_state = gradient_in_update(
-            value_fn,
-            extra_args,
-            params,
-            state.ascent,
-            full_space(leaves_by_path(params)),
-            config,
-            count=state.count,
-            ready=True,
+        gradients, ascent_state = full_gradient_in_update(
+            config, of_state(config, {}, state), state, params, value_fn, extra_args
         )
         return gradients, ZoSamState(count, ascent_state)
 

@@ -1,0 +1,214 @@
+"""The gradient for an ``update`` that was given ``value_fn``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorenza_optax._ascent import AscentConfig
+from lorenza_optax._config import LowRankConfig
+from lorenza_optax._gradient import (
+    SKETCH,
+    after_ascent,
+    ascend,
+    full_gradient,
+    like_params,
+    low_rank_gradient,
+    step_key,
+    varying,
+)
+from lorenza_optax._landscape import Displacement, Landscape, landscape
+from lorenza_optax._mesh import in_auto_mode
+from lorenza_optax._paths import leaves_by_path
+from lorenza_optax._plan import ProjectionPlan
+from lorenza_optax._refresh import is_due
+from lorenza_optax._renewal import NewSubspaces, install
+from lorenza_optax._sketch import WARM_UP, factors_from, sketch_rows
+from lorenza_optax._state import LowRankState
+from lorenza_optax._step import Prepared, prepare, prepare_low
+from lorenza_optax._surroundings import (
+    Surroundings,
+    bound_loss,
+    chosen_ascent,
+    full_paths,
+    of_state,
+)
+
+__all__ = [
+    "full_gradient_in_update",
+    "perturbed_landscape",
+    "sketched_subspaces",
+    "subspace_gradient",
+    "subspace_gradient_in_update",
+    "surroundings_of",
+    "unchanged",
+]
+
+Loss = Callable[[Any], Any]
+
+
+def surroundings_of(
+    config: LowRankConfig, plan: ProjectionPlan, state: LowRankState
+) -> Surroundings:
+    views = {path: leaf.matrix for path, leaf in plan.projected.items()}
+    return of_state(config.ascent, views, state)
+
+
+def perturbed_landscape(
+    config: AscentConfig,
+    around: Surroundings,
+    count: jax.Array,
+    params: Any,
+    loss: Loss,
+    ascent_loss: Loss | None,
+    has_aux: bool = False,
+) -> tuple[Landscape, Displacement, jax.Array, jax.Array]:
+    """The loss near θ, the move ε of this update, ‖A‖, and whether it is perturbed."""
+    params = varying(params, config)
+    arrays = leaves_by_path(params)
+    full = full_paths(config, around, arrays)
+
+    def near(loss: Loss, has_aux: bool) -> Landscape:
+        return landscape(
+            loss,
+            params,
+            around.subspaces,
+            full_paths=full,
+            keep_factored=config.factored,
+            has_aux=has_aux,
+        )
+
+    here = near(loss, has_aux)
+    there = here if ascent_loss is None else near(ascent_loss, False)
+    ascent = chosen_ascent(there, config, around, arrays, count)
+    move, norm, perturbed = ascend(ascent, config, count=count, ready=around.ready)
+    return here, move, norm, perturbed
+
+
+def losses(
+    config: AscentConfig, value_fn: Callable[..., Any], extra_args: Mapping[str, Any]
+) -> tuple[Loss, Loss | None]:
+    ascent_fn = config.ascent_fn
+    ascent_loss = None if ascent_fn is None else bound_loss(ascent_fn, extra_args)
+    return bound_loss(value_fn, extra_args), ascent_loss
+
+
+def full_gradient_in_update(
+    config: AscentConfig,
+    around: Surroundings,
+    state: Any,
+    params: Any,
+    value_fn: Callable[..., Any],
+    extra_args: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    """The whole gradient at θ + ε, and the ascent's state."""
+    near, move, norm, perturbed = perturbed_landscape(
+        config, around, state.count, params, *losses(config, value_fn, extra_args)
+    )
+    value, gradient = full_gradient(near, move, config)
+    near.warn()
+    return like_params(gradient, params), after_ascent(state.ascent, value, norm, perturbed)
+
+
+def subspace_gradient_in_update(
+    config: LowRankConfig,
+    plan: ProjectionPlan,
+    state: LowRankState,
+    params: Any,
+    value_fn: Callable[..., Any],
+    extra_args: Mapping[str, Any],
+) -> tuple[Prepared, NewSubspaces | None, Any]:
+    """The gradient at θ + ε in the subspaces, with a refresh if one is due; the ascent's state.
+
+    Between refreshes, and where refreshes are from sketches also at them, no gradient of the
+    size of a projected leaf is formed.
+    """
+    around = surroundings_of(config, plan, state)
+    near, move, norm, perturbed = perturbed_landscape(
+        config.ascent, around, state.count, params, *losses(config.ascent, value_fn, extra_args)
+    )
+    value, prepared, new = subspace_gradient(config, plan, state, around, near, move)
+    near.warn()
+    return prepared, new, after_ascent(state.ascent, value, norm, perturbed)
+
+
+def subspace_gradient(
+    config: LowRankConfig,
+    plan: ProjectionPlan,
+    state: LowRankState,
+    around: Surroundings,
+    near: Landscape,
+    move: Displacement,
+) -> tuple[jax.Array, Prepared, NewSubspaces | None]:
+    """One backward pass: (value, the gradient in the subspaces, subspaces from sketches)."""
+
+    def in_old(columns: Any = None) -> Any:
+        return low_rank_gradient(near, around.subspaces, move, config.ascent, columns)
+
+    def only_low() -> Any:
+        value, gradient = in_old()
+        return value, prepare_low(config, plan, gradient.low, gradient.others, state)
+
+    if not plan.projected:
+        return *only_low(), None
+    if not config.sketches:
+
+        def refreshed() -> Any:
+            value, gradient = full_gradient(near, move, config.ascent)
+            _, like = jax.eval_shape(only_low)
+            return value, in_auto_mode(
+                lambda *args: prepare(config, plan, *args)[0], gradient, state, like=like
+            )
+
+        due = is_due(state.count, state.last_refresh, config.update_proj_gap)
+        return *jax.lax.cond(due, refreshed, only_low), None
+
+    key = step_key(state.ascent.seed, state.count, SKETCH)
+
+    def sketched() -> Any:
+        value, gradient = in_old(sketch_rows(around.rows, around.subspaces.projectors, key))
+        new, share = in_auto_mode(
+            lambda *args: sketched_subspaces(config, plan, *args),
+            gradient.low,
+            gradient.sketches,
+            state,
+            like=(unchanged(plan, state), state.captured_energy),
+        )
+        return value, gradient.low, gradient.others, new, share
+
+    def plain() -> Any:
+        value, gradient = in_old()
+        return value, gradient.low, gradient.others, unchanged(plan, state), state.captured_energy
+
+    due = is_due(state.count, state.last_refresh, config.update_proj_gap, WARM_UP)
+    value, low, others, new, share = jax.lax.cond(due, sketched, plain)
+    prepared = prepare_low(config, plan, low, others, state)
+    return value, prepared._replace(captured_energy=share), new
+
+
+def unchanged(plan: ProjectionPlan, state: LowRankState) -> NewSubspaces:
+    overlaps = {
+        path: jnp.zeros((*leaf.matrix.batch, leaf.rank, leaf.rank), leaf.compute_dtype)
+        for path, leaf in plan.projected.items()
+    }
+    old = (state.q, state.r, state.singular_values)
+    return NewSubspaces(old, overlaps, jnp.zeros((), bool))
+
+
+def sketched_subspaces(
+    config: LowRankConfig, plan: ProjectionPlan, low: Any, sketches: Any, state: LowRankState
+) -> tuple[NewSubspaces, jax.Array]:
+    """New subspaces from sketches, and the share of the gradient that the old ones held."""
+    found = factors_from(low, sketches, config.rank)
+    new = install(config, plan, state, found.projectors, found.partners, found.values)
+    held = sum(jnp.sum(g * g) for g in low.values())
+    share = jnp.minimum(held / jnp.where(found.energy > 0, found.energy, 1), 1)
+    usable = jnp.isfinite(share)
+    kept = jax.tree.map(
+        lambda n, o: jnp.where(usable, n, o), new.subspaces, unchanged(plan, state).subspaces
+    )
+    new = NewSubspaces(kept, new.overlaps, new.refreshed & usable)
+    return new, jnp.where(usable, share, state.captured_energy).astype(jnp.float32)

@@ -1,0 +1,262 @@
+"""The loss near θ: at W + P N for projected leaves, without forming the sum."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorenza_optax._calls import check_scalar
+from lorenza_optax._factored import Factored, factored, materialize
+from lorenza_optax._interpreter import Materialized, evaluate
+from lorenza_optax._linalg import matmul
+from lorenza_optax._matrix_view import MatrixView
+from lorenza_optax._mesh import in_auto_mode
+from lorenza_optax._paths import leaves_by_path
+
+__all__ = ["Displacement", "Landscape", "Subspaces", "landscape"]
+
+Arrays = Mapping[str, jax.Array]
+
+
+class Subspaces(NamedTuple):
+    """The subspaces of all projected leaves, by path.
+
+    Attributes:
+      views: How each leaf is a matrix.
+      projectors: P ([b,] k, r), in the oriented view of the leaf (see :class:`MatrixView`).
+    """
+
+    views: Mapping[str, MatrixView]
+    projectors: Arrays
+
+
+class Displacement(NamedTuple):
+    """A move of the parameters.
+
+    Attributes:
+      low: N ([b,] r, l) by path: a projected leaf moves by P N.
+      full: Moves of other leaves, in the leaf's shape.
+    """
+
+    low: Arrays
+    full: Arrays
+
+    def scaled(self, factor: jax.typing.ArrayLike) -> Displacement:
+        return jax.tree.map(lambda move: (factor * move).astype(move.dtype), self)
+
+
+class Landscape(NamedTuple):
+    """A loss and the point θ.
+
+    Attributes:
+      at: (displacement, leaves=θ, vanishes=False, products=None) -> what the loss returns there.
+        ``leaves`` replaces θ's own (to differentiate by them); with ``vanishes`` the displacement
+        is known to be zero, and only its derivative is computed; ``products`` adds further
+        pairs (a ([b,] k, s), b ([b,] s, l)) by path whose product is zero.
+      leaves: θ by path, in the dtypes in which it is evaluated.
+      seen: Leaves whose sum with a displacement had to be formed, and the primitive that did.
+      has_aux: Whether the loss returns auxiliary output too.
+    """
+
+    at: Callable[..., Any]
+    leaves: dict[str, jax.Array]
+    seen: Materialized
+    has_aux: bool
+
+    def value(self, move: Displacement, leaves: Arrays | None = None, **kwargs: Any) -> jax.Array:
+        """The scalar alone."""
+        result = self.at(move, self.leaves if leaves is None else leaves, **kwargs)
+        return result[0] if self.has_aux else result
+
+    def warn(self) -> None:
+        """Says once, while tracing, which leaves could not be kept factored."""
+        if self.seen:
+            uses = ", ".join(f"{path!r} ({name})" for path, name in sorted(self.seen.items()))
+            warnings.warn(
+                "value_fn uses some projected leaves in a way that needs the perturbed weight"
+                f" itself: {uses}. The numbers are the same, but these leaves save neither memory"
+                " nor time. Pass factored=False to evaluate all leaves so and silence this.",
+                stacklevel=2,
+            )
+
+
+def landscape(
+    loss: Callable[[Any], Any],
+    params: Any,
+    subspaces: Subspaces,
+    *,
+    full_paths: frozenset[str] = frozenset(),
+    keep_factored: bool = True,
+    has_aux: bool = False,
+) -> Landscape:
+    """The loss as a function of displacements from θ.
+
+    Args:
+      loss: Parameters to a scalar, or with ``has_aux`` to (scalar, aux).
+      params: θ.
+      subspaces: Where projected leaves may move.
+      full_paths: Leaves that may move freely.
+      keep_factored: Whether to evaluate x (W + P N) as x W + (x P) N.
+      has_aux: Whether ``loss`` returns auxiliary output too.
+    """
+    treedef = jax.tree.structure(params)
+    views, projectors = subspaces.views, subspaces.projectors
+    seen: Materialized = {}
+
+    def checked(leaves: Arrays) -> Any:
+        result = loss(jax.tree.unflatten(treedef, list(leaves.values())))
+        check_scalar(result, has_aux)
+        return result
+
+    arrays = leaves_by_path(params)
+    if not (views and keep_factored):
+        arrays = _wide_enough(checked, arrays, full_paths | frozenset(views))
+        return Landscape(_plain_evaluation(checked, arrays, subspaces), arrays, seen, has_aux)
+
+    traced, rebuild = _trace(checked, arrays)
+    narrow = {path for path in views if jnp.finfo(arrays[path].dtype).bits < 32}
+    if narrow:
+        # Formed in bfloat16, W + P N would be W: leaves whose sum is needed must be wider.
+        found: Materialized = {}
+        zeros = {path: (jnp.zeros((*v.batch, v.m, 1)), jnp.zeros((*v.batch, 1, v.n)))
+                 for path, v in views.items()}  # fmt: skip
+        weights = [
+            _weight(path, leaf, views.get(path), [(*zeros[path], False)] if path in zeros else [])
+            for path, leaf in arrays.items()
+        ]
+        jax.eval_shape(lambda args: _discard(evaluate(traced, args, found)), weights)
+        full_paths |= narrow & set(found)
+        seen.update(found)
+    wide = _wide_enough(checked, arrays, full_paths)
+    if any(wide[path].dtype != leaf.dtype for path, leaf in arrays.items()):
+        traced, rebuild = _trace(checked, wide)
+
+    def at(
+        move: Displacement,
+        leaves: Arrays = wide,
+        *,
+        vanishes: bool = False,
+        products: Mapping[str, tuple[jax.Array, jax.Array]] | None = None,
+    ) -> Any:
+        args = []
+        for path, leaf in leaves.items():
+            if path in move.full:
+                leaf = leaf + move.full[path].astype(leaf.dtype)
+            terms = []
+            if path in move.low:
+                terms.append((*views[path].product(projectors[path], move.low[path]), vanishes))
+            if products is not None and path in products:
+                terms.append((*views[path].product(*products[path]), True))
+            args.append(_weight(path, leaf, views.get(path), terms))
+        return rebuild(evaluate(traced, args, seen))
+
+    return Landscape(at, wide, seen, has_aux)
+
+
+def _weight(path: str, leaf: jax.Array, view: MatrixView | None, terms: Any) -> Any:
+    if view is None or not terms:
+        return leaf
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    terms = [(left.astype(wide), right.astype(wide), zero) for left, right, zero in terms]
+    return factored(path, leaf, view.row_axes, view.column_axes, terms)
+
+
+def _trace(loss: Callable[[Arrays], Any], leaves: Arrays) -> tuple[Any, Callable[[Any], Any]]:
+    """The traced loss, and what puts its outputs together again."""
+    static: dict[str, Any] = {}
+
+    def flat(*values: jax.Array) -> list[Any]:
+        outputs, treedef = jax.tree.flatten(loss(dict(zip(leaves, values, strict=True))))
+        is_array = [isinstance(out, (jax.Array, float, int, complex)) or hasattr(out, "dtype")
+                    for out in outputs]  # fmt: skip
+        # Auxiliary output may hold what is no array; it is handed on as it is.
+        static["rest"] = [None if a else out for a, out in zip(is_array, outputs, strict=True)]
+        static["is_array"], static["treedef"] = is_array, treedef
+        return [out for a, out in zip(is_array, outputs, strict=True) if a]
+
+    traced = jax.make_jaxpr(flat)(*leaves.values())
+
+    def rebuild(outputs: list[Any]) -> Any:
+        arrays = (materialize(o) if isinstance(o, Factored) else o for o in outputs)
+        pairs = zip(static["is_array"], static["rest"], strict=True)
+        return static["treedef"].unflatten([next(arrays) if a else rest for a, rest in pairs])
+
+    return traced, rebuild
+
+
+def _discard(result: Any) -> None:
+    del result
+
+
+def _plain_evaluation(
+    loss: Callable[[Arrays], Any], arrays: Arrays, subspaces: Subspaces
+) -> Callable[..., Any]:
+    """The same by forming W + P N."""
+
+    def moved(path: str, leaf: jax.Array, pairs: list[Any]) -> jax.Array:
+        def total(leaf: jax.Array, pairs: list[Any]) -> jax.Array:
+            view = subspaces.views[path]
+            for a, b in pairs:
+                left, right = view.product(a.astype(leaf.dtype), b.astype(leaf.dtype))
+                leaf = leaf + view.leaf(matmul(left, right))
+            return leaf
+
+        return in_auto_mode(total, leaf, pairs, like=leaf)
+
+    def at(
+        move: Displacement,
+        leaves: Arrays = arrays,
+        *,
+        vanishes: bool = False,
+        products: Mapping[str, tuple[jax.Array, jax.Array]] | None = None,
+    ) -> Any:
+        del vanishes
+        point = dict(leaves)
+        for path, leaf in point.items():
+            if path in move.full:
+                leaf = leaf + move.full[path].astype(leaf.dtype)
+            pairs = []
+            if path in move.low:
+                pairs.append((subspaces.projectors[path], move.low[path]))
+            if products is not None and path in products:
+                pairs.append(products[path])
+            point[path] = moved(path, leaf, pairs) if pairs else leaf
+        return loss(point)
+
+    return at
+
+
+def _wide_enough(
+    loss: Callable[[Arrays], Any], arrays: dict[str, jax.Array], paths: frozenset[str]
+) -> dict[str, jax.Array]:
+    """The leaves, those that are displaced in at least float32, so that ε is not rounded away.
+
+    A displacement is smaller than a bfloat16 step of most weights. Where a mixture of dtypes
+    does not go through the loss (a scan's carry must keep its dtype), all leaves are widened.
+    """
+    wide = {
+        path: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        for path, leaf in arrays.items()
+    }
+    mixed = {path: wide[path] if path in paths else leaf for path, leaf in arrays.items()}
+    if all(leaf.dtype == mixed[path].dtype for path, leaf in arrays.items()):
+        return arrays
+    abstract = lambda point: jax.eval_shape(lambda p: _discard(loss(p)), point)  # noqa: E731
+    abstract(arrays)  # what is wrong with the loss itself is raised as it is
+    failure: Exception | None = None
+    for candidate in (mixed, wide):
+        try:
+            abstract(candidate)
+            return candidate
+        except TypeError as error:
+            failure = error
+    raise TypeError(
+        "value_fn does not accept float32 parameters, which a perturbation needs: in"
+        f" {', '.join(sorted({str(leaf.dtype) for leaf in arrays.values()}))} it would be rounded"
+        " away. Let it cast its activations where it needs a fixed dtype (a scan's carry), or"
+        " pass rho=0."
+    ) from failure

@@ -1,0 +1,105 @@
+"""The published ascent: slopes of the loss along random directions, by forward passes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorenza_optax._directions import Directions, Probe
+from lorenza_optax._landscape import Displacement, Landscape
+
+__all__ = ["ESTIMATORS", "estimate_weights", "slopes_along"]
+
+ESTIMATORS = ("auto", "jvp", "central", "forward")
+
+
+def estimate_weights(
+    near: Landscape, directions: Directions, probes: Probe, mu: Any, config: Any
+) -> tuple[Any, jax.Array]:
+    r"""The weights of the estimated ascent direction, scaled to norm 1; forward passes only.
+
+    .. math::
+      d_j = \frac{f(\theta + \mu P_j) - f(\theta - \mu P_j)}{2 \mu}, \qquad
+      A = \frac{1}{q} \sum_j d_j P_j .
+
+    Args:
+      near: The loss near θ.
+      directions: The family that the probes are of.
+      probes: q stacked probes P_j.
+      mu: Smoothing radius μ, in units of the parameters; unused by "jvp".
+      config: ``estimator``, ``probe_batch_size``, ``axis_name``.
+
+    Returns:
+      Weights of A / ‖A‖, and ‖A‖. Both are zero if A is zero or not finite.
+    """
+    slopes = slopes_along(near, directions.displacement, probes, mu, config)
+
+    # Slopes may be as small as 1e-30: their squares must not vanish before the division.
+    largest = jnp.max(jnp.abs(slopes))
+    usable = jnp.isfinite(largest) & (largest > 0)
+    ascent = directions.combine(jnp.where(usable, slopes / largest, 0), probes)
+    norm = directions.norm(ascent)
+    usable &= jnp.isfinite(norm * largest) & (norm > 0)
+    inverse = jnp.where(usable, 1 / jnp.where(norm > 0, norm, 1), 0)
+    ascent_norm = jnp.where(usable, norm * largest, 0).astype(jnp.float32)
+    return ascent.scaled(inverse).weights, ascent_norm
+
+
+def slopes_along(
+    near: Landscape,
+    displacement: Callable[[Any], Displacement],
+    probes: Any,
+    mu: Any,
+    config: Any,
+) -> jax.Array:
+    """d_j for all probes, shape (q,): together, or ``probe_batch_size`` at a time.
+
+    In forward mode the tangents alone differ between probes, so that under ``vmap`` all share
+    one evaluation of the loss, as with ``jax.linearize`` but without its residuals.
+    """
+    # Losses are subtracted in float32, in float64 if there are float64 parameters.
+    dtype = jnp.promote_types(jnp.result_type(*near.leaves.values()), jnp.float32)
+
+    def loss(move: Displacement, vanishes: bool = False) -> jax.Array:
+        return near.value(move, vanishes=vanishes).astype(dtype)
+
+    def evaluate(estimator: str) -> jax.Array:
+        base = loss(Displacement({}, {})) if estimator == "forward" else None
+
+        def slope(probe: Any) -> Any:
+            move = displacement(probe)
+            if estimator == "jvp":
+                still = jax.tree.map(jnp.zeros_like, move)
+                return jax.jvp(lambda at: loss(at, vanishes=True), (still,), (move,))[1]
+            above = loss(move.scaled(mu))
+            if base is not None:
+                return (above - base) / mu
+            return (above - loss(move.scaled(-mu))) / (2 * mu)
+
+        count = jax.tree.leaves(probes)[0].shape[0]
+        if config.probe_batch_size is None or config.probe_batch_size >= count:
+            return jax.vmap(slope)(probes)
+        return jax.lax.map(slope, probes, batch_size=config.probe_batch_size)
+
+    slopes = _forward_mode_or_differences(evaluate, config.estimator)
+    return slopes if config.axis_name is None else jax.lax.pmean(slopes, config.axis_name)
+
+
+def _forward_mode_or_differences(evaluate: Callable[[str], jax.Array], estimator: str) -> Any:
+    if estimator != "auto":
+        return evaluate(estimator)
+    try:
+        return evaluate("jvp")
+    except Exception as error:
+        slopes = evaluate("central")  # an error of the loss itself is raised here
+        reason = str(error).split("\n")[0]
+        warnings.warn(
+            "value_fn cannot be differentiated in forward mode, so estimator='auto' takes"
+            f" central differences: {reason} Pass estimator='central' to silence this.",
+            stacklevel=2,
+        )
+        return slopes

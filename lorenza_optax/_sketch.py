@@ -1,0 +1,99 @@
+r"""New subspaces without a full gradient: from two products with it that one backward pass yields.
+
+With the gradient G of a leaf in its oriented view (k, l), the projector P (k, r) and rows K
+(r, l) that are close to its leading right singular vectors, differentiating the loss at
+W + P N + B Ωᵀ by N and by B, at B = 0, gives
+
+    ĝ = Pᵀ G  and  Y = G Ω,  with  Ω = [Kᵀ, a few Gaussian columns],
+
+and the new factors are the leading left singular vectors of Y and right singular vectors of ĝ:
+one step of subspace iteration from each side, which goes on from refresh to refresh. Nothing of
+the size of the leaf is formed. (The core of a single-pass randomized SVD, found by least
+squares from the same sketches, captured less: see benchmarks/refresh.py.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorenza_optax._linalg import OVERSAMPLING, leading_left, orthonormal
+
+__all__ = ["WARM_UP", "Sketched", "factors_from", "random_projectors", "sketch_rows"]
+
+WARM_UP = 3
+"""Refreshes at the first updates, until subspaces that began at random have settled."""
+
+Arrays = Mapping[str, jax.Array]
+
+
+class Sketched(NamedTuple):
+    """What a refresh found, by path.
+
+    Attributes:
+      projectors: P ([b,] k, r).
+      partners: K ([b,] r, l), orthonormal rows.
+      values: Singular values of ĝ ([b,] r).
+      energy: ‖G‖² over all leaves, estimated from the Gaussian columns.
+    """
+
+    projectors: dict[str, jax.Array]
+    partners: dict[str, jax.Array]
+    values: dict[str, jax.Array]
+    energy: jax.Array
+
+
+def random_projectors(
+    shapes: Mapping[str, tuple[tuple[int, ...], int, int]], key: jax.Array
+) -> dict[str, jax.Array]:
+    """Orthonormal P ([b,] k, r) to begin with, from (batch, k, r) by path."""
+    rows = max(k for _, k, _ in shapes.values())
+    rank = max(r for _, _, r in shapes.values())
+    noise = jax.random.normal(key, (rows, rank))
+    bases: dict[Any, jax.Array] = {}
+    for _, k, r in shapes.values():
+        if (k, r) not in bases:
+            bases[k, r] = orthonormal(noise[:k, :r])
+    return {path: jnp.broadcast_to(bases[k, r], (*b, k, r)) for path, (b, k, r) in shapes.items()}
+
+
+def sketch_rows(rows: Arrays, projectors: Arrays, key: jax.Array) -> dict[str, jax.Array]:
+    """Ωᵀ ([b,] r + p, l): the given rows of each leaf, scaled to length 1, and Gaussian ones.
+
+    There are r + p <= k of them. A row that is zero, as before the first update, is replaced by
+    a Gaussian one. The Gaussian rows are the same for all leaves, cut to size.
+    """
+    rank = max(k.shape[-2] for k in rows.values()) + OVERSAMPLING
+    noise = jax.random.normal(key, (rank, max(k.shape[-1] for k in rows.values())))
+    columns = {}
+    for path, k in rows.items():
+        r, length = k.shape[-2:]
+        k = k.astype(jnp.promote_types(k.dtype, jnp.float32))
+        fresh = (noise[:, :length] / jnp.sqrt(length)).astype(k.dtype)
+        norms = jnp.linalg.norm(k, axis=-1, keepdims=True)
+        extra = min(OVERSAMPLING, projectors[path].shape[-2] - r)
+        old = jnp.where(norms > 0, k / jnp.where(norms > 0, norms, 1), fresh[OVERSAMPLING:][:r])
+        more = jnp.broadcast_to(fresh[:extra], (*k.shape[:-2], extra, length))
+        columns[path] = jnp.concatenate([old, more], axis=-2)
+    return columns
+
+
+def factors_from(low: Arrays, sketches: Arrays, rank: int) -> Sketched:
+    """New factors from ĝ ([b,] r, l) and Y ([b,] k, r + p) by path."""
+    paths = list(sketches)
+    left = leading_left([sketches[path] for path in paths], rank)
+    right = leading_left([low[path].swapaxes(-1, -2) for path in paths], rank)
+    energy = jnp.zeros((), jnp.float32)
+    for path in paths:
+        gaussian = sketches[path][..., rank:]
+        length = low[path].shape[-1] / gaussian.shape[-1]
+        energy += (jnp.sum(jnp.square(gaussian)) * length).astype(jnp.float32)
+    return Sketched(
+        {path: u for path, (u, _) in zip(paths, left, strict=True)},
+        {path: v.swapaxes(-1, -2) for path, (v, _) in zip(paths, right, strict=True)},
+        {path: s for path, (_, s) in zip(paths, right, strict=True)},
+        energy,
+    )

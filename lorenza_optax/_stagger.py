@@ -1,0 +1,114 @@
+"""Refreshes from full gradients, a few matrices at each update instead of all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorenza_optax._config import LowRankConfig
+from lorenza_optax._plan import ProjectionPlan
+from lorenza_optax._subspace import SUBSPACES, align_signs, project
+
+__all__ = ["staggered"]
+
+Arrays = dict[str, jax.Array]
+
+
+def staggered(
+    config: LowRankConfig,
+    plan: ProjectionPlan,
+    matrices: Arrays,
+    subspaces: tuple[Any, Any, Any],
+    count: jax.Array,
+    usable: jax.Array,
+    key: jax.Array,
+) -> tuple[tuple[Any, Any, Any], jax.Array]:
+    """Refreshes the matrices whose turn it is: each has one in T updates.
+
+    All matrices of one shape, layers of a stack included, share one decomposition in the
+    program, which takes the matrix of this update out of them.
+
+    Args:
+      config: The method.
+      plan: Its plan.
+      matrices: Gradients ([b,] m, n) of the projected leaves by path.
+      subspaces: (q, r, singular_values) as the state keeps them.
+      count: Updates made so far.
+      usable: Whether the gradient is finite; otherwise a turn is lost.
+      key: For the sketch.
+
+    Returns:
+      The subspaces, and whether any is new.
+    """
+    phase, gap = count % config.update_proj_gap, config.update_proj_gap
+    groups: dict[Any, list[str]] = {}
+    for path, matrix in matrices.items():
+        side = plan.leaves[path].matrix.compressed
+        groups.setdefault((matrix.shape[-2:], matrix.dtype, side), []).append(path)
+    refreshed = jnp.zeros((), bool)
+    for paths in groups.values():
+        layers = [(path, layer) for path in paths for layer in _layers(matrices[path])]
+        # The matrices whose share of the T updates begins in this one.
+        start, stop = (-((-(phase + i) * len(layers)) // gap) for i in (0, 1))
+        stop = jnp.where(usable, stop, start)
+        refreshed |= stop > start
+        subspaces = jax.lax.fori_loop(
+            start,
+            stop,
+            lambda i, now, layers=layers: _refresh_one(config, plan, layers, matrices, now, i, key),
+            subspaces,
+        )
+    return subspaces, refreshed
+
+
+def _layers(matrix: jax.Array) -> Sequence[int | None]:
+    return range(matrix.shape[0]) if matrix.ndim == 3 else (None,)
+
+
+def _refresh_one(
+    config: LowRankConfig,
+    plan: ProjectionPlan,
+    layers: Sequence[tuple[str, int | None]],
+    matrices: Arrays,
+    subspaces: tuple[Any, Any, Any],
+    index: jax.Array,
+    key: jax.Array,
+) -> tuple[Any, Any, Any]:
+    """New factors of the matrix with this index among those of its shape."""
+
+    def pick(tree: Arrays, place: tuple[str, int | None]) -> jax.Array | None:
+        path, layer = place
+        if path not in tree:
+            return None
+        return tree[path] if layer is None else tree[path][layer]
+
+    def put(tree: Arrays, place: tuple[str, int | None], value: jax.Array | None) -> Arrays:
+        path, layer = place
+        if path not in tree or value is None:
+            return tree
+        value = value.astype(tree[path].dtype)
+        return {**tree, path: value if layer is None else tree[path].at[layer].set(value)}
+
+    q, r, values = subspaces
+    matrix, old_q, old_r = jax.lax.switch(
+        index, [lambda place=p: (pick(matrices, place), pick(q, place), pick(r, place))
+                for p in layers]
+    )  # fmt: skip
+    ((new_q, new_s, new_r),) = SUBSPACES[config.subspace]([matrix], config.rank, key)
+    view = plan.leaves[layers[0][0]].matrix
+    projector, old = view.projector(new_q, new_r), view.projector(old_q, old_r)
+    overlap = project(projector, old.astype(projector.dtype))
+    projector, partner, _ = align_signs(projector, view.partner(new_q, new_r), overlap)
+    left, right = view.product(projector, partner)
+    left = None if old_q is None else left[..., : old_q.shape[-1]]
+    right = None if old_r is None else right[..., : old_r.shape[-2], :]
+    good = jnp.isfinite(jnp.sum(new_q) + jnp.sum(new_r))
+
+    def install(place: tuple[str, int | None]) -> tuple[Any, Any, Any]:
+        return put(q, place, left), put(r, place, right), put(values, place, new_s)
+
+    new = jax.lax.switch(index, [lambda place=p: install(place) for p in layers])
+    return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, subspaces)
