@@ -18,6 +18,7 @@ import statistics
 import sys
 from typing import Any, NamedTuple
 
+import ascent_tasks  # puts examples/ on the path, for the imports below
 import jax
 import jax.numpy as jnp
 import optax
@@ -26,7 +27,6 @@ import rich.console
 import rich.progress
 import rich.table
 
-import ascent_tasks  # puts examples/ on the path, so before what is there
 import lorenza_optax
 import machine
 import optimizers
@@ -121,7 +121,7 @@ def projected(gradient, opt_state, rank):
     def part(path, leaf):
         if path not in plan.projected:
             return leaf
-        if leaf.shape[0] <= leaf.shape[1]:  # the shorter side is compressed
+        if leaf.shape[0] < leaf.shape[1]:  # the shorter side is compressed; of squares the right
             return left[path] @ (left[path].T @ leaf)
         return (leaf @ right[path].T) @ right[path]
 
@@ -192,18 +192,13 @@ class Meter:
         return samples, own_loss
 
     def _state(self, choice, opt_state, draw):
-        count = optax.tree.get(opt_state, "last_refresh") * 0 + self.step_of(opt_state)
         state = opt_state
         if choice.in_full_space:
-            state = self.full_space._replace(count=count)
+            state = self.full_space._replace(count=opt_state[0].count)
         if draw:  # the first draw is that of LORENZA's own next step
             key = jax.random.key(draw, impl="threefry2x32")
             state = optax.tree.set(state, seed=jax.random.key_data(key))
         return state
-
-    @staticmethod
-    def step_of(opt_state):
-        return opt_state[0].count
 
 
 def follow(name, task, arguments, radii, console):

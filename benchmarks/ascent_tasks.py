@@ -68,9 +68,7 @@ def main_job(arguments):
         "Pre-training: tiny Llama, Python's source text",
         llama.loss_of(plan.model),
         llama.init(plan.model, plan.seed),
-        lambda step: corpus.train_batch(
-            data.train, plan.seed, step, plan.batch_size, plan.seq_len
-        ),
+        lambda step: corpus.train_batch(data.train, plan.seed, step, plan.batch_size, plan.seq_len),
         optimizers.LEARNING_RATES["lorenza"],
         plan.settings,
         plan.steps,

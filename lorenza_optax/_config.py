@@ -50,7 +50,7 @@ class LowRankConfig:
     in_full_space: bool = False
     subspace: str = "randomized_svd"
     proj_type: str = "std"
-    refresh: str = "sketch"
+    refresh: str = "gradient"
     stagger: bool = False
     moment_transport: str = "keep"
     factored_updates: bool = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -140,17 +141,29 @@ def contract(
     precision: Any = None,
     dtype: Any = None,
 ) -> jax.Array:
-    """A product with axes named by numbers, as in einsum."""
+    """A product with axes named by numbers, as in einsum, made one of two (stacks of) matrices.
+
+    XLA's CPU backend transposes operands of a product that contracts several axes at once, as
+    the gradient of x L does by a factor L if x is (batch, time, width): merged, it does not.
+    """
     both = [i for i in a_ids if i in b_ids]
     batch = [i for i in both if i in out_ids]
     summed = [i for i in both if i not in out_ids]
-    dimensions = tuple(
-        (tuple(a_ids.index(i) for i in group), tuple(b_ids.index(i) for i in group))
-        for group in (summed, batch)
-    )
-    out = jax.lax.dot_general(a, b, dimensions, precision, dtype)  # pyright: ignore[reportArgumentType]
-    order = batch + [i for i in (*a_ids, *b_ids) if i not in both]
-    return out.transpose([order.index(i) for i in out_ids])
+    rows = [i for i in a_ids if i not in both]
+    columns = [i for i in b_ids if i not in both]
+    sizes = dict(zip((*a_ids, *b_ids), (*a.shape, *b.shape), strict=True))
+
+    def merged(x: jax.Array, ids: Sequence[int], *groups: list[int]) -> jax.Array:
+        order = [ids.index(i) for i in (*batch, *(i for group in groups for i in group))]
+        shape = [sizes[i] for i in batch] + [math.prod(sizes[i] for i in g) for g in groups]
+        return x.transpose(order).reshape(shape)
+
+    left, right = merged(a, a_ids, rows, summed), merged(b, b_ids, summed, columns)
+    stacks = tuple(range(len(batch)))
+    dimensions = (((len(batch) + 1,), (len(batch),)), (stacks, stacks))
+    out = jax.lax.dot_general(left, right, dimensions, precision, dtype)  # pyright: ignore[reportArgumentType]
+    order = batch + rows + columns
+    return out.reshape([sizes[i] for i in order]).transpose([order.index(i) for i in out_ids])
 
 
 def add_product(

@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 OVERSAMPLING = 8
+LARGE = 256  # rows
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -29,7 +30,7 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _by_shape(function: Callable[[jax.Array], Any], matrices: Sequence[jax.Array]) -> list[Any]:
-    """A function of stacks (b, m, n), called once for all matrices of equal shape and dtype.
+    """A function of (stacks of) matrices, applied to all of equal shape and dtype together.
 
     A program with one decomposition for many matrices compiles faster, and on an accelerator
     runs faster, than one with many.
@@ -40,7 +41,13 @@ def _by_shape(function: Callable[[jax.Array], Any], matrices: Sequence[jax.Array
     results: list[Any] = [None] * len(matrices)
     for (shape, _), members in groups.items():
         stacks = [matrices[i].reshape(-1, *shape) for i in members]
-        whole = function(jnp.concatenate(stacks))
+        # XLA runs independent LAPACK calls, and those of a batch, at the same time, and the
+        # OpenBLAS below was seen to deadlock then (jaxlib 0.10.2): on a CPU they take turns.
+        whole = jax.lax.platform_dependent(
+            jnp.concatenate(stacks),
+            cpu=lambda stack: jax.lax.map(function, stack),
+            default=function,
+        )
         start = 0
         for i, stack in zip(members, stacks, strict=True):
             batch = matrices[i].shape[:-2]
@@ -59,10 +66,18 @@ def _cholesky_qr(y: jax.Array) -> jax.Array:
 def orthonormal(y: jax.Array) -> jax.Array:
     """An orthonormal basis of the columns of ([b,] m, k), m >= k.
 
-    Two rounds of Cholesky-QR: products and a k × k factorization, several times faster than
-    Householder's QR. It needs a condition number below 1e3 or so (of squares in float32);
-    where the result is not orthonormal to round-off, Householder's takes over.
+    On a CPU, and for small matrices, Householder's QR. On accelerators, where that is slow, two
+    rounds of Cholesky-QR: products and a k × k factorization. It needs a condition number below
+    1e3 or so (of squares in float32); where its result is not orthonormal to round-off,
+    Householder's takes over.
     """
+    householder = lambda y: jnp.linalg.qr(y)[0]  # noqa: E731
+    if y.shape[-2] < LARGE:
+        return householder(y)
+    return jax.lax.platform_dependent(y, cpu=householder, default=_cholesky_or_householder)
+
+
+def _cholesky_or_householder(y: jax.Array) -> jax.Array:
     lengths = jnp.linalg.norm(y, axis=-2, keepdims=True)
     y = y / jnp.where(lengths > 0, lengths, 1)
     q = _cholesky_qr(_cholesky_qr(y))

@@ -37,7 +37,7 @@ def scale_by_lorenza(
     scale_probes: bool = False,
     ascent_fn: Callable[..., Any] | None = None,
     factored: bool = True,
-    refresh: str = "sketch",
+    refresh: str = "gradient",
     stagger: bool = False,
     factored_updates: bool = False,
     gradient_transform: optax.GradientTransformation | None = None,
@@ -76,7 +76,7 @@ def scale_by_lorenza(
       scale_probes: Whether probes are scaled with the singular values.
       ascent_fn: The loss whose ascent is looked for, instead of ``value_fn``.
       factored: Whether perturbed weights are kept factored.
-      refresh: "sketch" or "gradient".
+      refresh: "gradient" or "sketch".
       stagger: Whether refreshes are spread over the updates.
       factored_updates: Whether updates are left as products.
       gradient_transform: Applied to the gradient before it is projected.
@@ -137,7 +137,7 @@ def lorenza(
     scale_probes: bool = False,
     ascent_fn: Callable[..., Any] | None = None,
     factored: bool = True,
-    refresh: str = "sketch",
+    refresh: str = "gradient",
     stagger: bool = False,
     factored_updates: bool = False,
     gradient_transform: optax.GradientTransformation | None = None,
@@ -223,11 +223,11 @@ def lorenza(
       factored: Whether losses are evaluated as x W + (x Q) N, without a copy of the weights.
         Leaves that the loss uses otherwise than linearly are perturbed plainly, and named in a
         warning.
-      refresh: "sketch" takes new subspaces from products of the gradient with the old ones,
-        which the backward pass at a refresh yields without forming a full gradient; they serve
-        from the next update on, and the first three updates all refresh. "gradient" takes the
-        randomized SVD of a full gradient, as published. A refresh from a gradient that is given
-        to ``update`` is always of the second kind.
+      refresh: "gradient" takes new subspaces from the randomized SVD of a full gradient, as
+        published. "sketch" takes them from products of the gradient with the old ones, which the
+        backward pass at a refresh yields without ever forming a full gradient; they serve from
+        the next update on, and the first three updates all refresh. A refresh from a gradient
+        that is given to ``update`` is always of the first kind.
       stagger: Spreads refreshes over the T updates after the first, a few matrices at each;
         needs ``refresh="gradient"``, and takes a full gradient at every update.
       factored_updates: Leaves updates of projected leaves as products, for

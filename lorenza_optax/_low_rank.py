@@ -66,27 +66,27 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
 
         # What each kind of gradient hands on, and how it is prepared from that.
         ascent_state, stage_state = without_ascent(state.ascent), state.gradient_transform
+        arrays: Any
+        source: Callable[..., Any]
         if value_fn is not None and not config.needs_full_gradient:
-            prepared, new, ascent_state = subspace_gradient_in_update(
+            *arrays, ascent_state = subspace_gradient_in_update(
                 config, plan, state, params, value_fn, extra_args
             )
-            arrays, source = (prepared, new), lambda given, _: (given[0], {}, given[1])
+            source = lambda given, _: (given[0], {}, given[1])  # noqa: E731
         elif in_subspaces:
             _check_gradients(plan, updates)
-            arrays = updates
-
-            def source(given: Any, state: Any) -> Any:
-                return prepare_low(config, plan, given.projected, given.others, state), {}, None
+            arrays = list(updates)
+            source = lambda g, state: (prepare_low(config, plan, g[0], g[1], state), {}, None)  # noqa: E731
         else:
-            gradients: Any = updates
+            arrays = updates
             if value_fn is not None:
                 around = surroundings_of(config, plan, state)
-                gradients, ascent_state = full_gradient_in_update(
+                arrays, ascent_state = full_gradient_in_update(
                     config.ascent, around, state, params, value_fn, extra_args
                 )
             if stage is not None:
-                gradients, stage_state = stage.update(gradients, stage_state, params, **extra_args)
-            arrays = leaves_by_path(gradients)
+                arrays, stage_state = stage.update(arrays, stage_state, params, **extra_args)
+            arrays = leaves_by_path(arrays)
             source = lambda given, state: (*prepare(config, plan, given, state), None)  # noqa: E731
 
         targets = leaves_by_path(tree if params is None else params)
@@ -96,10 +96,9 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
         def step(
             arrays: Any, targets: Any, state: Any, proposed: Any, scale: Any, more: Any
         ) -> Any:
-            return complete(
-                config, plan, *source(arrays, state), targets, state, proposed, scale,
-                {**more, **static},
-            )  # fmt: skip
+            prepared, oriented, new = source(arrays, state)
+            arguments = (targets, state, proposed, scale, {**more, **static})
+            return complete(config, plan, prepared, oriented, new, *arguments)
 
         new_updates, new_state = in_auto_mode(
             step,

@@ -27,7 +27,13 @@ def in_auto_mode(function: Callable[..., Any], *args: Any, like: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not mesh.explicit_axes:
         return function(*args)
-    shardings = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, like)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def sharding(leaf: Any) -> Any:
+        own = jax.typeof(leaf).sharding
+        return replicated if own.mesh.empty else own  # an array from outside the mesh
+
+    shardings = jax.tree.map(sharding, like)
     return jax.sharding.auto_axes(function, out_sharding=shardings)(*args)
 
 

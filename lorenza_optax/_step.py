@@ -16,6 +16,7 @@ from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._refresh import is_due
 from lorenza_optax._renewal import NewSubspaces, projectors_of, renewed, total
 from lorenza_optax._residual import RESIDUALS, keeps_norm
+from lorenza_optax._sketch import WARM_UP
 from lorenza_optax._stagger import staggered
 from lorenza_optax._state import LowRankState, examples
 from lorenza_optax._subspace import lift, project
@@ -179,14 +180,11 @@ def complete(
     subspaces, refreshed = prepared.subspaces, prepared.refreshed
     if new is not None:
         refreshed = new.refreshed & usable
-        kind, decays = config.moment_transport, config.decays
-        initial = config.inner.init(prepared.low)
-        if kind != "keep":
-            projected = jax.lax.cond(
-                refreshed,
-                lambda: transport(kind, projected, initial, new.overlaps, decays),
-                lambda: projected,
-            )
+        projected = jax.lax.cond(
+            refreshed,
+            lambda: _carried(config, state, projected, prepared.low, new.overlaps),
+            lambda: projected,
+        )
         subspaces = jax.tree.map(
             lambda n, o: jnp.where(refreshed, n, o), new.subspaces, prepared.subspaces
         )
@@ -215,3 +213,18 @@ def complete(
         singular_values=values,
         ascent=proposed.ascent,
     )
+
+
+def _carried(
+    config: LowRankConfig, state: LowRankState, moments: Any, low: Arrays, overlaps: Arrays
+) -> Any:
+    """Moments in subspaces that come into force after this update."""
+    initial = config.inner.init(low)
+
+    def carry(kind: str) -> Any:
+        return transport(kind, moments, initial, overlaps, config.decays)
+
+    if config.moment_transport != "keep" or config.decays is None:
+        return carry(config.moment_transport)
+    # While the first subspaces settle they turn at each update, and moments turn with them.
+    return jax.lax.cond(state.count < WARM_UP, lambda: carry("rotate"), lambda: carry("keep"))

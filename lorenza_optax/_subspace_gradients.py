@@ -62,7 +62,7 @@ def subspace_value_and_grad(
     scale_probes: bool = False,
     ascent_fn: Callable[..., Any] | None = None,
     factored: bool = True,
-    refresh: str = "sketch",
+    refresh: str = "gradient",
     factor_dtype: Any = None,
     moment_dtype: Any = None,
     weight_dimension_numbers: Any = None,
@@ -103,7 +103,7 @@ def subspace_value_and_grad(
       scale_probes: Whether probes are scaled with the singular values.
       ascent_fn: The loss whose ascent is looked for.
       factored: Whether perturbed weights are kept factored.
-      refresh: "sketch" or "gradient".
+      refresh: "gradient" or "sketch".
       factor_dtype: Dtype in which Q and R are kept.
       moment_dtype: Dtype in which moments are kept.
       weight_dimension_numbers: Which axes form the matrix of which leaf.

@@ -40,6 +40,13 @@ class LowRankUpdate:
     # Before jax.Array's own operators would be tried.
     __array_priority__ = 200
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"A LowRankUpdate has no {name!r}: it can be scaled and added to its parameter only."
+            " A stage that needs the numbers themselves goes in front (gradient_transform=), or"
+            " pass factored_updates=False."
+        )
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.view.shape
@@ -114,6 +121,9 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
     Returns:
       The new parameters, in the dtypes of ``params``.
+
+    Raises:
+      ValueError: If the trees do not fit.
 
     Examples:
       >>> import jax, jax.numpy as jnp, lorenza_optax

@@ -94,7 +94,8 @@ def test_trains_with_stable_types_and_one_trace(method, dtype):
 @each_method
 def test_init_is_jittable_and_shape_only(method):
     tx, (params, _) = METHODS[method](), _problem()
-    chex.assert_trees_all_equal(jax.jit(tx.init)(params), tx.init(params))
+    # Random factors are orthonormalized, with another round-off in another program.
+    chex.assert_trees_all_close(jax.jit(tx.init)(params), tx.init(params), atol=1e-6)
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, params), tx.init(params))
 
 

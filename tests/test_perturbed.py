@@ -19,11 +19,12 @@ ASCENT = {"rho": 0.1, "num_probes": 2, "weight_dimension_numbers": NUMBERS}
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("make", ["lorenza", "lorenza_plus", "adazo_sam", "zo_sam_perturbation"])
-def test_both_ways_are_the_same_bit_for_bit(make, dtype):
+def test_both_ways_are_the_same(make, dtype):
     ascent = {"rho": 0.1, "num_probes": 2}
     if make.startswith("lorenza"):
         ascent = ASCENT
-        tx = getattr(lorenza_optax, make)(1e-2, rank=3, update_proj_gap=2, **ascent)
+        more = {"refresh": "gradient"} if make == "lorenza" else {}
+        tx = getattr(lorenza_optax, make)(1e-2, rank=3, update_proj_gap=2, **more, **ascent)
     elif make == "adazo_sam":
         tx = lorenza_optax.adazo_sam(1e-2, **ascent)
     else:
@@ -43,7 +44,11 @@ def test_both_ways_are_the_same_bit_for_bit(make, dtype):
 
     for t in range(3):
         first, second, value = both(params, opt_state, problems.batch(t, shapes=shapes))
-        chex.assert_trees_all_equal(first[0], second[0])
+        if make == "lorenza":  # its gradient in update is (x Q)ᵀ ∂y, and not Qᵀ (xᵀ ∂y)
+            tolerance = 1e-5 if dtype == jnp.float32 else 5e-2
+            chex.assert_trees_all_close(first[0], second[0], rtol=tolerance, atol=tolerance * 1e-2)
+        else:
+            chex.assert_trees_all_equal(first[0], second[0])
         params, opt_state = optax.apply_updates(params, first[0]), first[1]
         np.testing.assert_array_equal(value, opt_state[0].ascent.value)
     assert bool(opt_state[0].ascent.perturbed)
