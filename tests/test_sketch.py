@@ -148,8 +148,8 @@ def test_factored_and_plain_evaluation_agree(ascent):
     results = []
     for factored in (True, False):
         tx = lorenza_optax.lorenza(
-            1e-2, RANK, GAP, rho=0.1, ascent=ascent, factored=factored, num_probes=2, refresh="sketch",
-            weight_dimension_numbers=NUMBERS,
+            1e-2, RANK, GAP, rho=0.1, ascent=ascent, factored=factored, num_probes=2,
+            refresh="sketch", weight_dimension_numbers=NUMBERS,
         )  # fmt: skip
         params = problems.params()
         state = tx.init(params)
