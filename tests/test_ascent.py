@@ -160,12 +160,14 @@ def test_auto_falls_back_once_and_says_so():
     _, params, target, state = _setup()
     with pytest.warns(UserWarning, match="estimator='central'") as caught:
         jax.jit(
-            lambda p: perturbed_value_and_grad(loss)(p, target, opt_state=state)
+            lambda p: perturbed_value_and_grad(loss, factored=False)(p, target, opt_state=state)
         )(params)  # fmt: skip
     assert len([w for w in caught if "forward mode" in str(w.message)]) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        perturbed_value_and_grad(loss, estimator="central")(params, target, opt_state=state)
+        perturbed_value_and_grad(loss, estimator="central", factored=False)(
+            params, target, opt_state=state
+        )
     with pytest.raises(TypeError, match="custom_vjp"):
         perturbed_value_and_grad(loss, estimator="jvp")(params, target, opt_state=state)
 
@@ -270,12 +272,15 @@ def test_a_scan_in_bfloat16_is_widened_as_a_whole():
         )
         return jnp.mean(x.astype(jnp.float32) ** 2)
 
-    tx = lorenza_optax.lorenza(1e-2, rank=2, weight_dimension_numbers=numbers)
-    state = tx.init(params)
-    for _ in range(2):
-        updates, state = tx.update(None, state, params, value_fn=loss)
-    assert bool(state[0].ascent.perturbed)
-    chex.assert_trees_all_equal_dtypes(updates, params)
+    for factored in (True, False):
+        tx = lorenza_optax.lorenza(
+            1e-2, rank=2, factored=factored, weight_dimension_numbers=numbers
+        )
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(None, state, params, value_fn=loss)
+        assert bool(state[0].ascent.perturbed)
+        chex.assert_trees_all_equal_dtypes(updates, params)
 
     def fixed(p):
         return loss(jax.tree.map(lambda x: x, p)) + jnp.sum(
@@ -286,3 +291,7 @@ def test_a_scan_in_bfloat16_is_widened_as_a_whole():
 
     with pytest.raises(TypeError, match="does not accept float32 parameters"):
         tx.update(None, state, params, value_fn=fixed)
+    # Kept factored, the weights keep their dtype, and nothing has to be widened.
+    tx = lorenza_optax.lorenza(1e-2, rank=2, weight_dimension_numbers=numbers)
+    updates, _ = tx.update(None, state, params, value_fn=fixed)
+    chex.assert_trees_all_equal_dtypes(updates, params)
