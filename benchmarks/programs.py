@@ -25,7 +25,8 @@ import optimizers
 VOCABULARY = 256  # bytes
 LEARNING_RATE = 1e-3
 RHO = 0.05
-NO_REFRESH = 10_000  # no refresh from sketches comes after those at the start
+NO_REFRESH = 10_000  # interval: no refresh comes after those at the start
+REFRESH = "sketch"  # not the default: with "gradient" a full gradient is in the program
 
 
 class Shape(NamedTuple):
@@ -96,8 +97,7 @@ def loss_of(shape):
 
     def loss(params, batch):
         inputs_BxL, targets_BxL = batch[:, :-1], batch[:, 1:]
-        x_BxLxD = params["embedding"][inputs_BxL] + wave_LxD
-        x_TxD = x_BxLxD.reshape(-1, shape.width)
+        x_TxD = (params["embedding"][inputs_BxL] + wave_LxD).reshape(-1, shape.width)
         if shape.scanned:
             x_TxD, _ = jax.lax.scan(lambda x, w: (block(x, w), None), x_TxD, params["layers"])
         else:
@@ -111,7 +111,7 @@ def loss_of(shape):
 
 
 class Text:
-    """Batches of real text, a function of the step alone."""
+    """Batches of real text, functions of the step."""
 
     def __init__(self):
         documents, description = corpus.read_documents()
@@ -157,7 +157,7 @@ def _lorenza(apply_updates=optax.apply_updates, **arguments):
             NO_REFRESH,
             weight_decay=optimizers.WEIGHT_DECAY,
             weight_dimension_numbers=dimension_numbers(shape),
-            **{"rho": RHO, **arguments},
+            **{"rho": RHO, "refresh": REFRESH, **arguments},
         )
 
     return Optimizer(build, optimizers.call_with_value_fn, apply_updates, arguments)
@@ -169,16 +169,16 @@ OPTIMIZERS = {
     "sam": _other("sam"),
     "zo, q=1": _lorenza(),
     "zo, q=4": _lorenza(num_probes=4),
+    "zo, q=1, gradient": _lorenza(refresh="gradient"),
     "zo, q=1, materialized": _lorenza(factored=False),
     "zo, q=4, materialized": _lorenza(num_probes=4, factored=False),
     "subspace": _lorenza(ascent="subspace"),
     "momentum": _lorenza(ascent="momentum"),
     "signed_momentum": _lorenza(ascent="signed_momentum"),
     "rho=0": _lorenza(rho=0.0),
-    "rho=0, factored, optax's apply": _lorenza(rho=0.0, factored_updates=True),
-    "rho=0, factored, own apply": _lorenza(
-        lorenza_optax.apply_updates, rho=0.0, factored_updates=True
-    ),
+    # Updates left as products, added by optax.apply_updates or by the library's own.
+    "rho=0, optax's apply": _lorenza(rho=0.0, factored_updates=True),
+    "rho=0, own apply": _lorenza(lorenza_optax.apply_updates, rho=0.0, factored_updates=True),
 }
 
 

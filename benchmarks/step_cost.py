@@ -46,10 +46,10 @@ QUICK = {
 }
 CHECKED = Shape(width=64, layers=1, batch=2, length=16, rank=8)
 OTHERS = ("adamw", "galore", "sam")
-SCANNED = ("rho=0", "rho=0, factored, optax's apply", "rho=0, factored, own apply")
+SCANNED = ("rho=0", "rho=0, optax's apply", "rho=0, own apply")
 ASCENTS = tuple(name for name in programs.OPTIMIZERS if name not in (*OTHERS, *SCANNED[1:]))
-SENDING = ("rho=0", "zo, q=1", "subspace")
-ONE_STEP = ("rho=0", "rho=0, factored, own apply", "subspace")
+SENDING = ("rho=0", "zo, q=1", "zo, q=1, gradient", "subspace")
+ONE_STEP = ("rho=0", "rho=0, own apply", "subspace")
 TOLERANCE = 1e-3  # of an update, relative, in E
 DEVICES = 8
 
@@ -108,7 +108,7 @@ def scanned_stack(shape, rounds, text, note):
         name: {"temporary_bytes": needs, "saved_stacks": (needed["adamw"] - needs) / stack}
         for name, needs in needed.items()
     }
-    saved = results["rho=0, factored, own apply"]["saved_stacks"]
+    saved = results["rho=0, own apply"]["saved_stacks"]
     bar = Bar("C", "own apply: memory below AdamW's, stacks", saved, ">=", 0.8)
     return {"shape": shape._asdict(), "stack_bytes": stack, "optimizers": results}, [bar]
 

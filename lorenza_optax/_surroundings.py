@@ -75,8 +75,10 @@ def of_state(config: AscentConfig, views: Mapping[str, MatrixView], state: Any) 
         stored = view.partner(q[path], r[path]) if path in q and path in r else None
         rank = projectors[path].shape[-1]
         # The moment's rows have the whole rank; probes may have needed fewer.
-        if stored is None or (stored.shape[-2] < rank and path in low):
+        if path in low and (stored is None or stored.shape[-2] < rank):
             stored = low[path]
+        if stored is None:
+            continue  # nothing is known, and no refresh from sketches asks
         missing = rank - stored.shape[-2]
         rows[path] = jnp.pad(stored, [*[(0, 0)] * (stored.ndim - 2), (0, missing), (0, 0)])
 
