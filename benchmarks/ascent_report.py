@@ -1,6 +1,7 @@
 """The table and the plot of ascent.py."""
 
 import rich.table
+from ascent_choices import BAR, SAM, SUBSPACE
 
 from reporting import pyplot
 

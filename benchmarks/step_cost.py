@@ -17,7 +17,6 @@ import os
 import pathlib
 import subprocess
 import sys
-from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent / "examples"))
@@ -28,6 +27,7 @@ import numpy as np  # noqa: E402
 import programs  # noqa: E402
 import rich.console  # noqa: E402
 import rich.table  # noqa: E402
+from bars import Bar, bars_table, stored  # noqa: E402
 from programs import Shape, Variant  # noqa: E402
 
 import lorenza_optax  # noqa: E402
@@ -52,18 +52,6 @@ SENDING = ("rho=0", "zo, q=1", "zo, q=1, gradient", "subspace")
 ONE_STEP = ("rho=0", "rho=0, own apply", "subspace")
 TOLERANCE = 1e-3  # of an update, relative, in E
 DEVICES = 8
-
-
-class Bar(NamedTuple):
-    section: str
-    claim: str
-    value: float
-    sign: str  # "<=" or ">="
-    limit: float
-
-    @property
-    def holds(self):
-        return self.value <= self.limit if self.sign == "<=" else self.value >= self.limit
 
 
 def ascents(shape, rounds, text, note):
@@ -205,17 +193,6 @@ def costs_table(section, found):
     return made
 
 
-def bars_table(bars):
-    made = rich.table.Table(title="Bars")
-    for heading in ("section", "bar", "measured", "limit", "holds"):
-        made.add_column(heading, justify="right" if heading in ("measured", "limit") else "left")
-    for bar in bars:
-        sign = {"<=": "≤", ">=": "≥"}[bar.sign]
-        holds = "yes" if bar.holds else "[bold red]NO[/]"
-        made.add_row(bar.section, bar.claim, f"{bar.value:.3g}", f"{sign} {bar.limit:g}", holds)
-    return made
-
-
 def plot(found, path):
     """Time and extra temporary memory of section A, an optimizer a row."""
     results = found["optimizers"]
@@ -283,7 +260,7 @@ def main():
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         summary = {
-            "bars": [{**bar._asdict(), "holds": bool(bar.holds)} for bar in bars],
+            "bars": stored(bars),
             "rounds": rounds,
             **summary,
             "machine": machine.describe(),

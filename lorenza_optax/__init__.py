@@ -6,6 +6,11 @@ from lorenza_optax._linalg import randomized_svd
 from lorenza_optax._lorenza import lorenza, scale_by_lorenza
 from lorenza_optax._lorenza_plus import lorenza_plus
 from lorenza_optax._matrix_view import WeightDimensionNumbers
+from lorenza_optax._momentum_sam import (
+    MomentumSamState,
+    momentum_sam,
+    momentum_sam_eval_params,
+)
 from lorenza_optax._perturbed import perturbed_value_and_grad
 from lorenza_optax._plan import ProjectionPlan, projection_plan
 from lorenza_optax._state import LowRankState
@@ -17,6 +22,7 @@ __all__ = [
     "STRUCTURAL_ARGS",
     "LowRankState",
     "LowRankUpdate",
+    "MomentumSamState",
     "ProjectionPlan",
     "SubspaceGradients",
     "WeightDimensionNumbers",
@@ -25,6 +31,8 @@ __all__ = [
     "apply_updates",
     "lorenza",
     "lorenza_plus",
+    "momentum_sam",
+    "momentum_sam_eval_params",
     "perturbed_value_and_grad",
     "projection_plan",
     "randomized_svd",

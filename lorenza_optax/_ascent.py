@@ -22,6 +22,7 @@ __all__ = [
     "along_moments",
     "by_probes",
     "in_gradient",
+    "normalized",
     "zero_moves",
 ]
 
@@ -75,6 +76,12 @@ class AscentConfig:
         return self.ascent == "zo" and not self.never_perturbs and self.probe_factors == "svd"
 
     @property
+    def needs_moments(self) -> bool:
+        """Whether the direction is made of the inner optimizer's first moment."""
+        of_probes = self.ascent == "zo" and self.probe_factors == "momentum"
+        return of_probes or self.ascent in ("momentum", "signed_momentum")
+
+    @property
     def moves_all(self) -> bool:
         """Whether leaves that are not projected are perturbed too."""
         return self.ascent in ("subspace", "momentum", "signed_momentum")
@@ -121,7 +128,7 @@ def in_gradient(near: Landscape, subspaces: Subspaces, config: AscentConfig) -> 
         gradient = Displacement(*jax.grad(loss, (0, 1))(*at))
         if config.axis_name is not None:
             gradient = jax.lax.pmean(gradient, config.axis_name)
-        return _normalized(gradient, subspaces)
+        return normalized(gradient, subspaces)
 
     zero = _wide(Displacement(still, jax.tree.map(jnp.zeros_like, others)))
     return Ascent(find, zero, lambda unit, rho: unit.scaled(rho))
@@ -137,7 +144,7 @@ def along_moments(
     """The first moment; with "signed_momentum" turned uphill by one probe along it."""
 
     def find() -> tuple[Any, jax.Array]:
-        unit, norm = _normalized(moments, subspaces)
+        unit, norm = normalized(moments, subspaces)
         if config.ascent == "signed_momentum":
             slope = slopes_along(near, lambda _: unit, jnp.zeros(1), mu, config)[0]
             # Where it cannot be told the moment keeps its own sign.
@@ -162,11 +169,12 @@ def _wide(move: Displacement) -> Displacement:
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), move)
 
 
-def _normalized(move: Displacement, subspaces: Subspaces) -> tuple[Displacement, jax.Array]:
+def normalized(move: Displacement, subspaces: Subspaces) -> tuple[Displacement, jax.Array]:
+    """The move scaled to length 1, and its length; both zero if that is 0 or not finite."""
     move = _wide(move)
     # Squares of entries as small as 1e-30 must not vanish before the division.
     largest = [jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in jax.tree.leaves(move)]
-    size = jnp.max(jnp.stack(largest))
+    size = jnp.max(jnp.abs(jnp.stack(largest)))  # see `total`
     usable = jnp.isfinite(size) & (size > 0)
     # A moment that is not finite must give zeros, and 0 · nan is none.
     move = jax.tree.map(lambda leaf: jnp.where(usable, leaf / size, 0).astype(leaf.dtype), move)

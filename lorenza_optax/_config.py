@@ -89,8 +89,7 @@ class LowRankConfig:
                 "factored_updates=True needs updates that lie in the subspace; the residual rule"
                 f" {self.residual!r} adds what lies outside it."
             )
-        if self.ascent.moves_all and self.ascent.ascent != "subspace":
-            self._check_first_moment()
+        self._check_first_moment()
         check_number("scale", self.scale)
         check_transformation("gradient_transform", self.gradient_transform)
         check_not_injected("weight_dimension_numbers", self.weight_dimension_numbers)
@@ -134,9 +133,11 @@ class LowRankConfig:
         return first_moment(state) is not None
 
     def _check_first_moment(self) -> None:
-        if not self.has_first_moment:
+        if self.ascent.needs_moments and not self.has_first_moment:
+            factors = self.ascent.ascent == "zo"
+            asked = "probe_factors='momentum'" if factors else f"ascent={self.ascent.ascent!r}"
             raise ValueError(
-                f"ascent={self.ascent.ascent!r} needs a first moment, which the state of"
+                f"{asked} needs a first moment, which the state of"
                 f" base_optimizer does not have under any of the names {', '.join(FIRST_MOMENTS)}."
             )
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lorenza_optax._landscape import Displacement, Subspaces
-from lorenza_optax._linalg import matmul
+from lorenza_optax._linalg import matmul, total
 from lorenza_optax._mesh import in_auto_mode
 from lorenza_optax._paths import path_hash
 
@@ -93,7 +93,7 @@ def displacement_norm(move: Displacement, subspaces: Subspaces) -> jax.Array:
     """Frobenius norm over all leaves, without forming P N."""
     squares = [_squared_norm(low, subspaces.projectors[path]) for path, low in move.low.items()]
     squares += [jnp.sum(full * full) for full in move.full.values()]
-    return jnp.sqrt(sum(squares, jnp.float32(0)))
+    return jnp.sqrt(total(squares))
 
 
 def _squared_norm(low: jax.Array, projector: jax.Array) -> jax.Array:

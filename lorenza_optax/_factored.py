@@ -42,12 +42,15 @@ class Factored:
 
     ``labels`` has one letter for each axis: "r" for a row axis, "c" for a column axis, "b" for a
     batch axis, each of whose entries is a matrix of its own (of size 1 also one of no meaning).
+    ``narrow`` says that the leaf itself is kept in less than 32 bits, so that the sum must not be
+    formed in its dtype.
     """
 
     path: str
     labels: str
     base: Any
     terms: tuple[Term, ...]
+    narrow: bool = False
 
     @property
     def left_axes(self) -> list[int]:
@@ -66,19 +69,21 @@ class Factored:
     ) -> Factored:
         """The same sum with other parts."""
         terms = tuple(t._replace(left=left(t.left), right=right(t.right)) for t in self.terms)
-        return Factored(self.path, self.labels if labels is None else labels, base, terms)
+        labels = self.labels if labels is None else labels
+        return Factored(self.path, labels, base, terms, self.narrow)
 
 
 def _flatten(value: Factored) -> tuple[Any, Any]:
     parts = [(term.left, term.right) for term in value.terms]
-    return (value.base, parts), (value.path, value.labels, tuple(t.vanishes for t in value.terms))
+    vanishes = tuple(term.vanishes for term in value.terms)
+    return (value.base, parts), (value.path, value.labels, vanishes, value.narrow)
 
 
 def _unflatten(static: Any, children: Any) -> Factored:
-    path, labels, vanishes = static
+    path, labels, vanishes, narrow = static
     base, parts = children
     terms = tuple(Term(a, b, flag) for (a, b), flag in zip(parts, vanishes, strict=True))
-    return Factored(path, labels, base, terms)
+    return Factored(path, labels, base, terms, narrow)
 
 
 jax.tree_util.register_pytree_node(Factored, _flatten, _unflatten)
@@ -112,7 +117,7 @@ def factored(
         )
         for left, right, vanishes in terms
     ]
-    return Factored(path, labels, leaf, tuple(parts))
+    return Factored(path, labels, leaf, tuple(parts), jnp.finfo(leaf.dtype).bits < 32)
 
 
 def materialize(value: Factored) -> jax.Array:

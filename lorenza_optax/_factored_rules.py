@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorenza_optax._factored import Factored, add_product, contract, materialize
+from lorenza_optax._factored import Factored, add_product, contract
 from lorenza_optax._factored_shapes import SHAPE_RULES
 
 __all__ = ["RULES"]
@@ -29,14 +29,25 @@ def _keep(bind: Bind, params: Any, value: Factored) -> Any:
 
 def _convert(bind: Bind, params: Any, value: Factored) -> Any:
     # L and R stay in their dtype: they are rounded where they are multiplied, once.
-    floating = jnp.issubdtype(params["new_dtype"], jnp.floating)
-    return value.like(bind(value.base)) if floating else NotImplemented
+    dtype = params["new_dtype"]
+    kept = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16  # not quantized
+    return value.like(bind(value.base)) if kept else NotImplemented
 
 
 def _each_part(bind: Bind, params: Any, value: Factored) -> Any:
     """Operations that do the same to any array, such as stop_gradient."""
     del params
     return value.like(bind(value.base), left=bind, right=bind)
+
+
+def _reshard(bind: Bind, params: Any, value: Factored) -> Any:
+    """Onto a mesh with other axis types the parts go too, whole on each device."""
+    mesh, own = params["dst_sharding"].mesh, jax.typeof(value.base).sharding.mesh
+    if mesh.axis_types == own.axis_types:
+        return value.like(bind(value.base))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    move = lambda part: jax.sharding.reshard(part, whole)  # noqa: E731
+    return value.like(bind(value.base), left=move, right=move)
 
 
 def _negate(bind: Bind, params: Any, value: Factored) -> Any:
@@ -48,6 +59,8 @@ def _scale(operation: Callable[..., Any]) -> Any:
     def rule(bind: Bind, params: Any, *inputs: Any) -> Any:
         del params
         first, second = inputs
+        if isinstance(first, Factored) and isinstance(second, Factored):
+            return NotImplemented
         if isinstance(first, Factored) and jnp.ndim(second) == 0:
             scaled = lambda part: operation(part, second).astype(part.dtype)  # noqa: E731
             return first.like(bind(first.base, second), left=scaled)
@@ -70,16 +83,15 @@ def _sum(sign: int) -> Any:
         if first.labels != second.labels or jnp.shape(first.base) != jnp.shape(second.base):
             return NotImplemented
         base = bind(first.base, second.base)
-        return Factored(first.path, first.labels, base, first.terms + turned.terms)
+        narrow = first.narrow or second.narrow
+        return Factored(first.path, first.labels, base, first.terms + turned.terms, narrow)
 
     return rule
 
 
 def _dot_general(bind: Bind, params: Any, first: Any, second: Any) -> Any:
     if isinstance(first, Factored) and isinstance(second, Factored):
-        if first.base.size > second.base.size:
-            return _dot_general(bind, params, first, materialize(second))
-        return _dot_general(bind, params, materialize(first), second)
+        return NotImplemented
     (first_sum, second_sum), (first_batch, second_batch) = params["dimension_numbers"]
     first_ids = list(range(jnp.ndim(_base(first))))
     second_ids = [len(first_ids) + axis for axis in range(jnp.ndim(_base(second)))]
@@ -104,11 +116,14 @@ def _dot_general(bind: Bind, params: Any, first: Any, second: Any) -> Any:
     near, far = (left_ids, right_ids) if left_first else (right_ids, left_ids)
     between = [i for i in dict.fromkeys((*x_ids, *near)) if i in out_ids or i in far]
     precision, dtype = params["precision"], params["preferred_element_type"]
+    if isinstance(precision, tuple) and weight is first:
+        precision = precision[::-1]  # below, x comes first
 
     def product(x: Any, left: jax.Array, right: jax.Array) -> jax.Array:
         close, distant = (left, right) if left_first else (right, left)
-        narrow = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else close.dtype
-        x, close, distant = x.astype(narrow), close.astype(narrow), distant.astype(narrow)
+        floating = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 16
+        common = x.dtype if floating else close.dtype
+        x, close, distant = x.astype(common), close.astype(common), distant.astype(common)
         through = contract(x, x_ids, close, near, between, precision)
         return contract(through, between, distant, far, out_ids, precision, dtype)
 
@@ -128,12 +143,12 @@ RULES: dict[str, Callable[..., Any]] = {
     "add_any": _sum(1),
     "convert_element_type": _convert,
     "copy": _keep,
-    "copy_p": _keep,
     "div": _scale(jnp.divide),
     "dot_general": _dot_general,
     "mul": _scale(jnp.multiply),
+    "name": _keep,
     "neg": _negate,
-    "reshard": _keep,
+    "reshard": _reshard,
     "sharding_constraint": _keep,
     "stop_gradient": _each_part,
     "sub": _sum(-1),

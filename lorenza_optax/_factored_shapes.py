@@ -129,6 +129,7 @@ def _dynamic_slice(bind: Bind, params: Any, value: Any, *starts: Any) -> Any:
             part,
             [*(starts[axis] for axis in axes), jnp.zeros_like(starts[0])],
             [*(sizes[axis] for axis in axes), part.shape[-1]],
+            allow_negative_indices=False,  # as the primitive itself: clamped
         )
 
     return value.like(bind(value.base, *starts), None, cut(value.left_axes), cut(value.right_axes))
@@ -140,6 +141,8 @@ def _gather(bind: Bind, params: Any, value: Any, indices: Any) -> Any:
     if not isinstance(value, Factored) or len(numbers.collapsed_slice_dims) != 1:
         return NotImplemented
     (axis,) = numbers.collapsed_slice_dims
+    if value.narrow and value.labels[axis] != "b":
+        return NotImplemented  # the rows would be formed in less than 32 bits
     whole = [size for i, size in enumerate(value.base.shape) if i != axis]
     if (
         numbers.start_index_map != (axis,)
@@ -170,7 +173,7 @@ def _gather(bind: Bind, params: Any, value: Any, indices: Any) -> Any:
             unique_indices=params["unique_indices"],
             indices_are_sorted=params["indices_are_sorted"],
             mode=params["mode"],
-            fill_value=params["fill_value"],
+            fill_value=0,  # what the base is filled with, is filled with that alone
         )
 
     picked = value.like(

@@ -21,6 +21,7 @@ from lorenza_optax._gradient import (
     varying,
 )
 from lorenza_optax._landscape import Displacement, Landscape, landscape
+from lorenza_optax._linalg import total
 from lorenza_optax._mesh import in_auto_mode
 from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import ProjectionPlan
@@ -202,10 +203,10 @@ def sketched_subspaces(
     config: LowRankConfig, plan: ProjectionPlan, low: Any, sketches: Any, state: LowRankState
 ) -> tuple[NewSubspaces, jax.Array]:
     """New subspaces from sketches, and the share of the gradient that the old ones held."""
-    found = factors_from(low, sketches, config.rank)
-    new = install(config, plan, state, found.projectors, found.partners, found.values)
-    held = sum(jnp.sum(g * g) for g in low.values())
-    share = jnp.minimum(held / jnp.where(found.energy > 0, found.energy, 1), 1)
+    found, energy = factors_from(low, sketches, plan.groups, config.rank)
+    new = install(config, plan, state, found)
+    held = total(jnp.sum(g * g) for g in low.values())
+    share = jnp.minimum(held / jnp.where(energy > 0, energy, 1), 1)
     usable = jnp.isfinite(share)
     kept = jax.tree.map(
         lambda n, o: jnp.where(usable, n, o), new.subspaces, unchanged(plan, state).subspaces

@@ -67,6 +67,13 @@ def _equation(eqn: Any, inputs: list[Any], seen: Materialized) -> list[Any]:
             return CONTROL_FLOW[name](eqn, inputs, seen)
         if name in RULES:
             outputs = RULES[name](bind, eqn.params, *inputs)
+        weights = [i for i, value in enumerate(inputs) if isinstance(value, Factored)]
+        if outputs is NotImplemented and name in RULES and len(weights) > 1:
+            # Of two weights the larger one may stay.
+            smallest = min(weights, key=lambda i: inputs[i].base.size)
+            inputs = list(inputs)
+            inputs[smallest] = _plain(inputs[smallest], seen, name)
+            outputs = RULES[name](bind, eqn.params, *inputs)
     if outputs is NotImplemented:
         outputs = bind(*(_plain(value, seen, name) for value in inputs))
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
@@ -101,6 +108,8 @@ def _checkpoint(eqn: Any, inputs: list[Any], seen: Materialized) -> list[Any]:
 
 def _cond(eqn: Any, inputs: list[Any], seen: Materialized) -> list[Any]:
     index, *operands = inputs
+    if eqn.params.get("branches_platforms"):  # of lax.platform_dependent: not all can be lowered
+        return list(_bind(eqn, *(_plain(value, seen, "platform_dependent") for value in inputs)))
 
     def branch(closed: Any) -> Callable[[], list[Any]]:
         return lambda: [_plain(out, seen, "cond") for out in evaluate(closed, operands, seen)]

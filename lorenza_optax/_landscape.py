@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from lorenza_optax._calls import check_scalar
@@ -128,7 +129,7 @@ def landscape(
             _weight(path, leaf, views.get(path), [(*zeros[path], False)] if path in zeros else [])
             for path, leaf in arrays.items()
         ]
-        jax.eval_shape(lambda args: _discard(evaluate(traced, args, found)), weights)
+        jax.eval_shape(lambda args: _discard(evaluate(traced, args, found), found), weights)
         full_paths |= narrow & set(found)
         seen.update(found)
     wide = _wide_enough(checked, arrays, full_paths)
@@ -171,9 +172,8 @@ def _trace(loss: Callable[[Arrays], Any], leaves: Arrays) -> tuple[Any, Callable
 
     def flat(*values: jax.Array) -> list[Any]:
         outputs, treedef = jax.tree.flatten(loss(dict(zip(leaves, values, strict=True))))
-        is_array = [isinstance(out, (jax.Array, float, int, complex)) or hasattr(out, "dtype")
-                    for out in outputs]  # fmt: skip
-        # Auxiliary output may hold what is no array; it is handed on as it is.
+        is_array = [isinstance(out, jax.core.Tracer) for out in outputs]
+        # What does not depend on the trace (constants, or no arrays at all) is handed on as it is.
         static["rest"] = [None if a else out for a, out in zip(is_array, outputs, strict=True)]
         static["is_array"], static["treedef"] = is_array, treedef
         return [out for a, out in zip(is_array, outputs, strict=True) if a]
@@ -188,8 +188,11 @@ def _trace(loss: Callable[[Arrays], Any], leaves: Arrays) -> tuple[Any, Callable
     return traced, rebuild
 
 
-def _discard(result: Any) -> None:
-    del result
+def _discard(outputs: list[Any], found: Materialized) -> None:
+    """Nothing, but a note of weights that are returned and must not be rounded."""
+    for value in outputs:
+        if isinstance(value, Factored) and value.narrow:
+            found.setdefault(value.path, "output")
 
 
 def _plain_evaluation(
@@ -245,7 +248,7 @@ def _wide_enough(
     mixed = {path: wide[path] if path in paths else leaf for path, leaf in arrays.items()}
     if all(leaf.dtype == mixed[path].dtype for path, leaf in arrays.items()):
         return arrays
-    abstract = lambda point: jax.eval_shape(lambda p: _discard(loss(p)), point)  # noqa: E731
+    abstract = lambda point: jax.eval_shape(lambda p: (loss(p), None)[1], point)  # noqa: E731
     abstract(arrays)  # what is wrong with the loss itself is raised as it is
     failure: Exception | None = None
     for candidate in (mixed, wide):

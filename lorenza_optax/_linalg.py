@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,9 @@ __all__ = [
     "orthonormal",
     "randomized_svd",
     "randomized_svds",
+    "stacked",
+    "total",
+    "unstacked",
 ]
 
 OVERSAMPLING = 8
@@ -29,33 +33,46 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _by_shape(function: Callable[[jax.Array], Any], matrices: Sequence[jax.Array]) -> list[Any]:
-    """A function of (stacks of) matrices, applied to all of equal shape and dtype together.
+def total(numbers: Iterable[jax.Array]) -> jax.Array:
+    """The sum of numbers that are not negative, in at least float32; nan if one of them is.
 
-    A program with one decomposition for many matrices compiles faster, and on an accelerator
-    runs faster, than one with many.
+    The absolute value changes none of them. Without it XLA makes a sum of scalars a chain of
+    additions, and repeats the chain in the fusion of every leaf that needs the result: at 144
+    matrices four fifths of a training step's instructions.
     """
-    groups: dict[Any, list[int]] = {}
-    for index, matrix in enumerate(matrices):
-        groups.setdefault((matrix.shape[-2:], matrix.dtype), []).append(index)
-    results: list[Any] = [None] * len(matrices)
-    for (shape, _), members in groups.items():
-        stacks = [matrices[i].reshape(-1, *shape) for i in members]
-        # XLA runs independent LAPACK calls, and those of a batch, at the same time, and the
-        # OpenBLAS below was seen to deadlock then (jaxlib 0.10.2): on a CPU they take turns.
-        whole = jax.lax.platform_dependent(
-            jnp.concatenate(stacks),
-            cpu=lambda stack: jax.lax.map(function, stack),
-            default=function,
-        )
-        start = 0
-        for i, stack in zip(members, stacks, strict=True):
-            batch = matrices[i].shape[:-2]
-            part = slice(start, start := start + stack.shape[0])
-            results[i] = jax.tree.map(
-                lambda x, part=part, batch=batch: x[part].reshape(*batch, *x.shape[1:]), whole
-            )
-    return results
+    numbers = [jnp.asarray(number) for number in numbers]
+    dtype = jnp.result_type(jnp.float32, *numbers)
+    return (
+        jnp.sum(jnp.abs(jnp.stack([n.astype(dtype) for n in numbers])))
+        if numbers
+        else jnp.zeros((), dtype)
+    )
+
+
+def stacked(matrices: Sequence[jax.Array]) -> jax.Array:
+    """([b,] m, n) matrices of one shape as one stack (B, m, n)."""
+    return jnp.concatenate([matrix.reshape(-1, *matrix.shape[-2:]) for matrix in matrices])
+
+
+def unstacked(stack: jax.Array, batches: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """The parts of a stack (B, ...), with the batch dimensions that each shall have."""
+    parts, start = [], 0
+    for batch in batches:
+        stop = start + math.prod(batch)
+        parts.append(stack[start:stop].reshape(*batch, *stack.shape[1:]))
+        start = stop
+    return parts
+
+
+def _each(function: Callable[[jax.Array], Any], stack: jax.Array) -> Any:
+    """A function of one matrix or of a stack, applied to a stack.
+
+    XLA runs independent LAPACK calls, and those of a batch, at the same time, and the OpenBLAS
+    below was seen to deadlock then (jaxlib 0.10.2): on a CPU they take turns.
+    """
+    return jax.lax.platform_dependent(
+        stack, cpu=lambda stack: jax.lax.map(function, stack), default=function
+    )
 
 
 def _cholesky_qr(y: jax.Array) -> jax.Array:
@@ -87,27 +104,26 @@ def _cholesky_or_householder(y: jax.Array) -> jax.Array:
     return jax.lax.cond(good, lambda: q, lambda: jnp.linalg.qr(y)[0])
 
 
-def leading_left(matrices: Sequence[jax.Array], rank: int) -> list[tuple[jax.Array, jax.Array]]:
-    """The leading left singular vectors ([b,] m, r) and values ([b,] r) of tall ([b,] m, k)."""
-    scaled = [_scaled(matrix) for matrix in matrices]
-    bases = _by_shape(orthonormal, [matrix for matrix, _ in scaled])
-    cores = [matmul(q.mT, y) for q, (y, _) in zip(bases, scaled, strict=True)]
-    parts = _by_shape(lambda core: jnp.linalg.svd(core)[:2], cores)
-    return [
-        (matmul(q, u[..., :rank]), s[..., :rank] * scale)
-        for q, (u, s), (_, scale) in zip(bases, parts, scaled, strict=True)
-    ]
+def leading_left(matrices: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """The leading left singular vectors (B, m, r) and values (B, r) of tall (B, m, k)."""
+    scale = _largest(matrices)
+    y = matrices / scale
+    q = _each(orthonormal, y)
+    u, s = _each(lambda core: jnp.linalg.svd(core)[:2], matmul(q.mT, y))
+    return matmul(q, u[..., :rank]), s[..., :rank] * scale[..., 0]
 
 
-def _scaled(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """In at least float32 with the largest entry 1, and the scale ([b,] 1).
+def _wide(matrix: jax.Array) -> jax.Array:
+    return matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+
+
+def _largest(matrix: jax.Array) -> jax.Array:
+    """The largest entry ([b,] 1, 1), which what is computed is divided by; 1 for zeros.
 
     Squares of entries below 1e-19 or above 1e19 leave float32.
     """
-    matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
-    scale = jnp.max(jnp.abs(matrix), axis=(-2, -1))
-    scale = jnp.where(scale > 0, scale, 1)
-    return matrix / scale[..., None, None], scale[..., None]
+    largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
+    return jnp.where(largest > 0, largest, 1)
 
 
 def _check(matrix: jax.Array, rank: int) -> None:
@@ -183,10 +199,10 @@ def randomized_svd(
             f" {oversampling} and {power_iterations}."
         )
     _check(matrix, rank)
-    (triplets,) = randomized_svds(
+    u, s, vt = randomized_svds(
         [matrix], rank, key, oversampling=oversampling, power_iterations=power_iterations
     )
-    return triplets
+    return u[0], s[0], vt[0]
 
 
 def randomized_svds(
@@ -196,47 +212,52 @@ def randomized_svds(
     *,
     oversampling: int = OVERSAMPLING,
     power_iterations: int = 1,
-) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """:func:`randomized_svd` of many (stacks of) matrices ([b,] m, n) at once.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """:func:`randomized_svd` of all of many (stacks of) matrices ([b,] m, n) of one shape.
 
-    All share one sketch, cut to size: it need only be independent of each of them, and the
-    program then has one generator. Products are taken one by one, decompositions together.
+    They share one sketch: it need only be independent of each of them. Products with the
+    matrices are taken one by one, without a copy of them; what is made of the products is
+    stacked, so that the program does not grow with their number.
+
+    Returns:
+      Stacks (B, m, r), (B, r), (B, r, n), in the order of the matrices.
     """
-    scaled = [_scaled(matrix) for matrix in matrices]
-    ones = [matrix for matrix, _ in scaled]
-    widths = [min(rank + oversampling, *matrix.shape[-2:]) for matrix in ones]
-    dtype = jnp.result_type(*ones)
-    sketch = jax.random.normal(key, (max(m.shape[-1] for m in ones), max(widths)), dtype)
-    left = [matmul(one, sketch[: one.shape[-1], :width].astype(one.dtype))
-            for one, width in zip(ones, widths, strict=True)]  # fmt: skip
-    left = _by_shape(orthonormal, left)
+    matrices = [_wide(matrix) for matrix in matrices]
+    batches = [matrix.shape[:-2] for matrix in matrices]
+    m, n = matrices[0].shape[-2:]
+    scale = stacked([_largest(matrix) for matrix in matrices])
+
+    def times(right: Sequence[jax.Array]) -> jax.Array:
+        """G X / scale."""
+        return stacked([matmul(g, x) for g, x in zip(matrices, right, strict=True)]) / scale
+
+    def transposed_times(left: jax.Array) -> jax.Array:
+        parts = unstacked(left, batches)
+        return stacked([matmul(g.mT, x) for g, x in zip(matrices, parts, strict=True)]) / scale
+
+    width = min(rank + oversampling, m, n)
+    sketch = jax.random.normal(key, (n, width), matrices[0].dtype)
+    q = _each(orthonormal, times([sketch] * len(matrices)))
     for _ in range(power_iterations):
-        right = [matmul(one.mT, q) for one, q in zip(ones, left, strict=True)]
-        right = _by_shape(orthonormal, right)
-        left = [matmul(one, q) for one, q in zip(ones, right, strict=True)]
-        left = _by_shape(orthonormal, left)
-    small = [matmul(one.mT, q) for one, q in zip(ones, left, strict=True)]
-    right = _by_shape(orthonormal, small)
-    cores = [matmul(b.mT, q) for b, q in zip(small, right, strict=True)]  # leftᵀ G rightᵀ
-    parts = _by_shape(jnp.linalg.svd, cores)
-    triplets = []
-    for q, p, (u, s, vt), (_, scale) in zip(left, right, parts, scaled, strict=True):
-        u, vt = _fix_signs(matmul(q, u[..., :rank]), matmul(vt[..., :rank, :], p.mT))
-        triplets.append((u, s[..., :rank] * scale, vt))
-    return triplets
+        p = _each(orthonormal, transposed_times(q))
+        q = _each(orthonormal, times(unstacked(p, batches)))
+    small = transposed_times(q)
+    p = _each(orthonormal, small)
+    u, s, vt = _each(jnp.linalg.svd, matmul(small.mT, p))  # of qᵀ G p
+    u, vt = _fix_signs(matmul(q, u[..., :rank]), matmul(vt[..., :rank, :], p.mT))
+    return u, s[..., :rank] * scale[..., 0], vt
 
 
 def exact_svds(
     matrices: Sequence[jax.Array], rank: int, key: jax.Array
-) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """:func:`exact_svd` of many (stacks of) matrices."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """:func:`exact_svd` of all of many (stacks of) matrices of one shape."""
     del key
-    triplets = []
-    for matrix, scale in map(_scaled, matrices):
-        u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-        u, vt = _fix_signs(u[..., :rank], vt[..., :rank, :])
-        triplets.append((u, s[..., :rank] * scale, vt))
-    return triplets
+    stack = stacked([_wide(matrix) for matrix in matrices])
+    scale = _largest(stack)
+    u, s, vt = _each(lambda one: jnp.linalg.svd(one, full_matrices=False), stack / scale)
+    u, vt = _fix_signs(u[..., :rank], vt[..., :rank, :])
+    return u, s[..., :rank] * scale[..., 0], vt
 
 
 def exact_svd(
@@ -244,4 +265,5 @@ def exact_svd(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The leading singular triplets from a full decomposition; O(mn min(m, n)), no randomness."""
     _check(matrix, rank)
-    return exact_svds([matrix], rank, key)[0]
+    u, s, vt = exact_svds([matrix], rank, key)
+    return u[0], s[0], vt[0]

@@ -44,6 +44,8 @@ def mark_varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
     that is meant would then be of sums.
     """
     axes = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
-    known = getattr(jax.typeof(leaf), "vma", frozenset())
+    kind = jax.typeof(leaf)
+    # Where JAX keeps what an array varies over: the first since 0.10, the second before.
+    known = kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", frozenset())
     missing = tuple(axis for axis in axes if axis not in known)
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf

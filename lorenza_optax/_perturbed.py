@@ -22,7 +22,7 @@ from lorenza_optax._state import LowRankState
 from lorenza_optax._surroundings import Surroundings, applied, of_state
 from lorenza_optax._zo_sam import ZoSamState
 
-__all__ = ["find_states", "perturbed_value_and_grad"]
+__all__ = ["find_states", "perturbed_value_and_grad", "surroundings_of_states", "unboxed"]
 
 
 def perturbed_value_and_grad(
@@ -121,7 +121,7 @@ def perturbed_value_and_grad(
 
     def value_and_grad(params: Any, *args: Any, opt_state: Any, **kwargs: Any) -> tuple[Any, Any]:
         states = find_states(opt_state)
-        around = _surroundings(params, states, config, weight_dimension_numbers, proj_type)
+        around = surroundings_of_states(params, states, config, weight_dimension_numbers, proj_type)
         near, move, _, _ = perturbed_landscape(
             config,
             around,
@@ -141,8 +141,7 @@ def perturbed_value_and_grad(
 def find_states(opt_state: Any) -> list[Any]:
     is_ours = lambda node: isinstance(node, (LowRankState, ZoSamState))  # noqa: E731
     found = filter(is_ours, jax.tree.leaves(opt_state, is_leaf=is_ours))
-    # Arrays out of the boxes that NNX may keep them in.
-    states = [jax.tree.map(_array, state, is_leaf=_is_box) for state in found]
+    states = [unboxed(state) for state in found]
     if not states:
         raise ValueError(
             "opt_state holds no state of lorenza, adazo_sam or zo_sam_perturbation (found a"
@@ -150,6 +149,11 @@ def find_states(opt_state: Any) -> list[Any]:
             " go to, such as TrainState.opt_state."
         )
     return states
+
+
+def unboxed(state: Any) -> Any:
+    """A state with its arrays taken out of the boxes that NNX may keep them in."""
+    return jax.tree.map(_array, state, is_leaf=_is_box)
 
 
 def _is_box(node: Any) -> bool:
@@ -160,7 +164,7 @@ def _array(leaf: Any) -> jax.Array:
     return jax.tree.leaves(leaf)[0]
 
 
-def _surroundings(
+def surroundings_of_states(
     params: Any,
     states: list[Any],
     config: AscentConfig,

@@ -72,6 +72,16 @@ class ProjectionPlan:
     def others(self) -> dict[str, LeafPlan]:
         return {path: leaf for path, leaf in self.leaves.items() if leaf.view is None}
 
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Projected leaves whose matrices have one shape, side and dtype, to be taken together."""
+        groups: dict[Any, list[str]] = {}
+        for path, leaf in self.projected.items():
+            view = leaf.matrix
+            key = (view.m, view.n, view.compressed, leaf.compute_dtype)
+            groups.setdefault(key, []).append(path)
+        return [tuple(paths) for paths in groups.values()]
+
     def warn(self) -> None:
         """Warns of leaves that were probably meant to be projected."""
         high = [

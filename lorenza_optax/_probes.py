@@ -81,6 +81,11 @@ def slopes_along(
             return (above - loss(move.scaled(-mu))) / (2 * mu)
 
         count = jax.tree.leaves(probes)[0].shape[0]
+        # Not all losses can be vmapped, and under vmap a cond of theirs runs both branches.
+        if count == 1:
+            return slope(jax.tree.map(lambda leaf: leaf[0], probes))[None]
+        if config.probe_batch_size == 1:
+            return jax.lax.map(slope, probes)
         if config.probe_batch_size is None or config.probe_batch_size >= count:
             return jax.vmap(slope)(probes)
         return jax.lax.map(slope, probes, batch_size=config.probe_batch_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,12 +10,14 @@ import jax.numpy as jnp
 
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._gradient import SKETCH, step_key
+from lorenza_optax._linalg import stacked, total, unstacked
 from lorenza_optax._plan import ProjectionPlan
+from lorenza_optax._sketch import WARM_UP
 from lorenza_optax._state import LowRankState
-from lorenza_optax._subspace import SUBSPACES, align_signs, project
+from lorenza_optax._subspace import SUBSPACES, Factors, align_signs, project
 from lorenza_optax._transport import transport
 
-__all__ = ["NewSubspaces", "install", "projectors_of", "renewed", "total"]
+__all__ = ["NewSubspaces", "carried", "install", "projectors_of", "renewed"]
 
 Arrays = dict[str, jax.Array]
 
@@ -44,55 +46,49 @@ def renewed(
 ) -> tuple[Any, ...]:
     """New factors from the gradient, and the moments carried over to them."""
     key = step_key(state.ascent.seed, state.count, SKETCH)
-    triplets = SUBSPACES[config.subspace](list(matrices.values()), config.rank, key)
-    found = dict(zip(matrices, triplets, strict=True))
-    projectors, partners, values = {}, {}, {}
-    for path, (q, s, r) in found.items():
-        view = plan.leaves[path].matrix
-        projectors[path], partners[path] = view.projector(q, r), view.partner(q, r)
-        values[path] = s
-    new = install(config, plan, state, projectors, partners, values)
-    carried = transport(config.moment_transport, moments, initial, new.overlaps, config.decays)
+    found = []
+    for paths in plan.groups:
+        q, s, r = SUBSPACES[config.subspace]([matrices[path] for path in paths], config.rank, key)
+        view = plan.leaves[paths[0]].matrix
+        found.append(Factors(paths, view.projector(q, r), view.partner(q, r), s))
+    new = install(config, plan, state, found)
+    moved = transport(config.moment_transport, moments, initial, new.overlaps, config.decays)
     old = (state.q, state.r, state.singular_values)
     kept = jax.tree.map(
-        lambda n, o: jnp.where(new.refreshed, n, o), (new.subspaces, carried), (old, moments)
+        lambda n, o: jnp.where(new.refreshed, n, o), (new.subspaces, moved), (old, moments)
     )
     return (*kept, new.refreshed)
 
 
 def install(
-    config: LowRankConfig,
-    plan: ProjectionPlan,
-    state: LowRankState,
-    projectors: Arrays,
-    partners: Arrays,
-    values: Arrays,
+    config: LowRankConfig, plan: ProjectionPlan, state: LowRankState, found: Sequence[Factors]
 ) -> NewSubspaces:
-    """Factors in the oriented view as the state keeps them, their signs turned to the old ones.
-
-    Args:
-      config: The method.
-      plan: Its plan for these leaves.
-      state: The state with the old factors.
-      projectors: P ([b,] k, r).
-      partners: K ([b,] r, l).
-      values: Singular values ([b,] r).
-    """
+    """Factors as the state keeps them, their signs turned to those of the old ones in it."""
     old = projectors_of(plan, state.q, state.r)
-    q, r, overlaps = {}, {}, {}
-    for path, leaf in plan.projected.items():
-        overlap = project(projectors[path], old[path].astype(projectors[path].dtype))
-        p, k, overlaps[path] = align_signs(projectors[path], partners[path], overlap)
-        left, right = leaf.matrix.product(p, k)
-        if path in state.q:
-            q[path] = left[..., : state.q[path].shape[-1]].astype(state.q[path].dtype)
-        if path in state.r:
-            r[path] = right[..., : state.r[path].shape[-2], :].astype(state.r[path].dtype)
+    q, r, values, overlaps = {}, {}, {}, {}
+    finite = []
+    for paths, projectors, partners, singular_values in found:
+        before = stacked([old[path] for path in paths])
+        overlap = project(projectors, before.astype(projectors.dtype))
+        p, k, overlap = align_signs(projectors, partners, overlap)
+        finite += [jnp.sum(jnp.square(p)), jnp.sum(jnp.square(k))]
+        left, right = plan.leaves[paths[0]].matrix.product(p, k)
+        batches = [plan.leaves[path].matrix.batch for path in paths]
+        parts = (unstacked(stack, batches) for stack in (left, right, singular_values, overlap))
+        for path, new_q, new_r, new_s, overlaps[path] in zip(paths, *parts, strict=True):
+            # Probes may need fewer rows of the factor that does not project.
+            if path in state.q:
+                q[path] = new_q[..., : state.q[path].shape[-1]].astype(state.q[path].dtype)
+            if path in state.r:
+                r[path] = new_r[..., : state.r[path].shape[-2], :].astype(state.r[path].dtype)
+            if path in state.singular_values:
+                values[path] = new_s.astype(state.singular_values[path].dtype)
     # A decomposition that does not converge gives nan; it stays due, like any failed refresh.
-    factors = (*q.values(), *r.values())
-    succeeded = jnp.isfinite(total(jnp.sum(f.astype(jnp.float32)) for f in factors))
-    kept = {path: values[path].astype(s.dtype) for path, s in state.singular_values.items()}
-    return NewSubspaces((q, r, kept), overlaps, succeeded)
+    in_order = [{path: new[path] for path in like} for new, like in
+                ((q, state.q), (r, state.r), (values, state.singular_values))]  # fmt: skip
+    return NewSubspaces(
+        (in_order[0], in_order[1], in_order[2]), overlaps, jnp.isfinite(total(finite))
+    )
 
 
 def projectors_of(plan: ProjectionPlan, q: Arrays, r: Arrays) -> Arrays:
@@ -103,6 +99,16 @@ def projectors_of(plan: ProjectionPlan, q: Arrays, r: Arrays) -> Arrays:
     }
 
 
-def total(numbers: Iterable[jax.Array]) -> jax.Array:
-    """Their sum, in at least float32."""
-    return sum(numbers, jnp.zeros((), jnp.float32))
+def carried(
+    config: LowRankConfig, count: jax.Array, moments: Any, low: Arrays, overlaps: Arrays
+) -> Any:
+    """Moments of gradients like ``low`` in subspaces from sketches."""
+    initial = config.inner.init(low)
+
+    def carry(kind: str) -> Any:
+        return transport(kind, moments, initial, overlaps, config.decays)
+
+    if config.moment_transport != "keep" or config.decays is None:
+        return carry(config.moment_transport)
+    # While the first subspaces settle they turn at each update, and moments turn with them.
+    return jax.lax.cond(count < WARM_UP, lambda: carry("rotate"), lambda: carry("keep"))

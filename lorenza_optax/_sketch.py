@@ -14,36 +14,21 @@ squares from the same sketches, captured less: see benchmarks/refresh.py.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lorenza_optax._linalg import OVERSAMPLING, leading_left, orthonormal
+from lorenza_optax._linalg import OVERSAMPLING, leading_left, orthonormal, stacked, total
+from lorenza_optax._subspace import Factors
 
-__all__ = ["WARM_UP", "Sketched", "factors_from", "random_projectors", "sketch_rows"]
+__all__ = ["WARM_UP", "factors_from", "random_projectors", "sketch_rows"]
 
 WARM_UP = 3
 """Refreshes at the first updates, until subspaces that began at random have settled."""
 
 Arrays = Mapping[str, jax.Array]
-
-
-class Sketched(NamedTuple):
-    """What a refresh found, by path.
-
-    Attributes:
-      projectors: P ([b,] k, r).
-      partners: K ([b,] r, l), orthonormal rows.
-      values: Singular values of ĝ ([b,] r).
-      energy: ‖G‖² over all leaves, estimated from the Gaussian columns.
-    """
-
-    projectors: dict[str, jax.Array]
-    partners: dict[str, jax.Array]
-    values: dict[str, jax.Array]
-    energy: jax.Array
 
 
 def random_projectors(
@@ -81,19 +66,20 @@ def sketch_rows(rows: Arrays, projectors: Arrays, key: jax.Array) -> dict[str, j
     return columns
 
 
-def factors_from(low: Arrays, sketches: Arrays, rank: int) -> Sketched:
-    """New factors from ĝ ([b,] r, l) and Y ([b,] k, r + p) by path."""
-    paths = list(sketches)
-    left = leading_left([sketches[path] for path in paths], rank)
-    right = leading_left([low[path].swapaxes(-1, -2) for path in paths], rank)
-    energy = jnp.zeros((), jnp.float32)
-    for path in paths:
-        gaussian = sketches[path][..., rank:]
-        length = low[path].shape[-1] / gaussian.shape[-1]
-        energy += (jnp.sum(jnp.square(gaussian)) * length).astype(jnp.float32)
-    return Sketched(
-        {path: u for path, (u, _) in zip(paths, left, strict=True)},
-        {path: v.swapaxes(-1, -2) for path, (v, _) in zip(paths, right, strict=True)},
-        {path: s for path, (_, s) in zip(paths, right, strict=True)},
-        energy,
-    )
+def factors_from(
+    low: Arrays, sketches: Arrays, groups: Sequence[tuple[str, ...]], rank: int
+) -> tuple[list[Factors], jax.Array]:
+    """New factors from ĝ ([b,] r, l) and Y ([b,] k, r + p), for each group of like leaves.
+
+    Returns:
+      The factors, and ‖G‖² over all leaves, estimated from the Gaussian columns of Y.
+    """
+    found, energies = [], []
+    for paths in groups:
+        y, g = (stacked([tree[path] for path in paths]) for tree in (sketches, low))
+        left, _ = leading_left(y, rank)
+        right, values = leading_left(g.mT, rank)
+        found.append(Factors(paths, left, right.mT, values))
+        gaussian = y[..., rank:]
+        energies.append(jnp.sum(jnp.square(gaussian)) * (g.shape[-1] / gaussian.shape[-1]))
+    return found, total(energies)

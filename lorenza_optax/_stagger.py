@@ -44,12 +44,8 @@ def staggered(
       The subspaces, and whether any is new.
     """
     phase, gap = count % config.update_proj_gap, config.update_proj_gap
-    groups: dict[Any, list[str]] = {}
-    for path, matrix in matrices.items():
-        side = plan.leaves[path].matrix.compressed
-        groups.setdefault((matrix.shape[-2:], matrix.dtype, side), []).append(path)
     refreshed = jnp.zeros((), bool)
-    for paths in groups.values():
+    for paths in plan.groups:
         layers = [(path, layer) for path in paths for layer in _layers(matrices[path])]
         # The matrices whose share of the T updates begins in this one.
         start, stop = (-((-(phase + i) * len(layers)) // gap) for i in (0, 1))
@@ -97,7 +93,8 @@ def _refresh_one(
         index, [lambda place=p: (pick(matrices, place), pick(q, place), pick(r, place))
                 for p in layers]
     )  # fmt: skip
-    ((new_q, new_s, new_r),) = SUBSPACES[config.subspace]([matrix], config.rank, key)
+    stack = SUBSPACES[config.subspace]([matrix], config.rank, key)
+    new_q, new_s, new_r = (factor[0] for factor in stack)
     view = plan.leaves[layers[0][0]].matrix
     projector, old = view.projector(new_q, new_r), view.projector(old_q, old_r)
     overlap = project(projector, old.astype(projector.dtype))
@@ -106,9 +103,10 @@ def _refresh_one(
     left = None if old_q is None else left[..., : old_q.shape[-1]]
     right = None if old_r is None else right[..., : old_r.shape[-2], :]
     good = jnp.isfinite(jnp.sum(new_q) + jnp.sum(new_r))
+    chosen = jnp.where(good, index, len(layers))  # beyond them: leave all as it is
 
     def install(place: tuple[str, int | None]) -> tuple[Any, Any, Any]:
         return put(q, place, left), put(r, place, right), put(values, place, new_s)
 
-    new = jax.lax.switch(index, [lambda place=p: install(place) for p in layers])
-    return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, subspaces)
+    installs = [lambda place=p: install(place) for p in layers]
+    return jax.lax.switch(chosen, [*installs, lambda: subspaces])

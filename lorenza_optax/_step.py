@@ -12,15 +12,14 @@ import optax
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._gradient import ROUNDING, SKETCH, step_key
 from lorenza_optax._inner import load_moments, store_moments
+from lorenza_optax._linalg import total
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._refresh import is_due
-from lorenza_optax._renewal import NewSubspaces, projectors_of, renewed, total
+from lorenza_optax._renewal import NewSubspaces, carried, projectors_of, renewed
 from lorenza_optax._residual import RESIDUALS, keeps_norm
-from lorenza_optax._sketch import WARM_UP
 from lorenza_optax._stagger import staggered
 from lorenza_optax._state import LowRankState, examples
 from lorenza_optax._subspace import lift, project
-from lorenza_optax._transport import transport
 
 __all__ = [
     "Prepared",
@@ -36,7 +35,7 @@ class Prepared(NamedTuple):
     """A gradient in the subspaces, and what is to be done with it.
 
     Attributes:
-      low: ĝ = Pᵀ G ([b,] r, l) by path.
+      low: ĝ = Pᵀ G ([b,] r, l) by path; of no use where not ``usable``.
       others: The other leaves' gradients by path.
       subspaces: (q, r, singular_values) that ``low`` is in, as the state keeps them.
       projected: Inner state of the projected leaves, in that subspace, as it computes.
@@ -66,8 +65,6 @@ def prepare(
     energy = {path: jnp.sum(jnp.square(g)) for path, g in wide.items()}
     # Refuses inf and nan, and also what would overflow in a second moment.
     usable = jnp.isfinite(total(energy.values()))
-    wide = {path: jnp.where(usable, g, 0) for path, g in wide.items()}
-
     matrices = {path: leaf.matrix.matrix(wide[path]) for path, leaf in plan.projected.items()}
     initial = config.inner.init(examples(plan, wide)[0])
     moments = load_moments(state.projected, initial)
@@ -111,11 +108,10 @@ def prepare_low(
     low = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in low.items()}
     others = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in others.items()}
     usable = jnp.isfinite(total(jnp.sum(g * g) for g in (*low.values(), *others.values())))
-    zero = lambda tree: {path: jnp.where(usable, g, 0) for path, g in tree.items()}  # noqa: E731
-    moments = load_moments(state.projected, config.inner.init(zero(low)))
+    moments = load_moments(state.projected, config.inner.init(low))
     old = (state.q, state.r, state.singular_values)
     no = jnp.zeros((), bool)
-    return Prepared(zero(low), zero(others), old, moments, no, usable, state.captured_energy)
+    return Prepared(low, others, old, moments, no, usable, state.captured_energy)
 
 
 def complete(
@@ -149,6 +145,8 @@ def complete(
       ([b,] m, r), ([b,] r, n) of projected leaves; and the state after the update.
     """
     usable = prepared.usable
+    zeroed = lambda tree: {path: jnp.where(usable, g, 0) for path, g in tree.items()}  # noqa: E731
+    prepared = prepared._replace(low=zeroed(prepared.low), others=zeroed(prepared.others))
     projectors = projectors_of(plan, *prepared.subspaces[:2])
     inner_update: Callable[..., Any] = config.inner.update
     inner_low, projected = inner_update(prepared.low, prepared.projected, None, **extra_args)
@@ -182,7 +180,7 @@ def complete(
         refreshed = new.refreshed & usable
         projected = jax.lax.cond(
             refreshed,
-            lambda: _carried(config, state, projected, prepared.low, new.overlaps),
+            lambda: carried(config, state.count, projected, prepared.low, new.overlaps),
             lambda: projected,
         )
         subspaces = jax.tree.map(
@@ -213,18 +211,3 @@ def complete(
         singular_values=values,
         ascent=proposed.ascent,
     )
-
-
-def _carried(
-    config: LowRankConfig, state: LowRankState, moments: Any, low: Arrays, overlaps: Arrays
-) -> Any:
-    """Moments in subspaces that come into force after this update."""
-    initial = config.inner.init(low)
-
-    def carry(kind: str) -> Any:
-        return transport(kind, moments, initial, overlaps, config.decays)
-
-    if config.moment_transport != "keep" or config.decays is None:
-        return carry(config.moment_transport)
-    # While the first subspaces settle they turn at each update, and moments turn with them.
-    return jax.lax.cond(state.count < WARM_UP, lambda: carry("rotate"), lambda: carry("keep"))

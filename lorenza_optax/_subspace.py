@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lorenza_optax._linalg import exact_svds, matmul, randomized_svds
 
-__all__ = ["SUBSPACES", "align_signs", "lift", "project"]
+__all__ = ["SUBSPACES", "Factors", "align_signs", "lift", "project"]
 
-# name -> (matrices ([b,] m, n), rank, key) -> [(q ([b,] m, r), s ([b,] r), r ([b,] r, n))]. Both
-# are orthonormal, so the space outside them is well defined (see _residual.py).
+
+class Factors(NamedTuple):
+    """New factors of leaves whose matrices are alike, in the oriented view; one stack for all.
+
+    Attributes:
+      paths: The leaves, in the order of the stacks.
+      projectors: P (B, k, r).
+      partners: K (B, r, l), orthonormal rows.
+      values: Singular values (B, r).
+    """
+
+    paths: tuple[str, ...]
+    projectors: jax.Array
+    partners: jax.Array
+    values: jax.Array
+
+
+# name -> (matrices ([b,] m, n) of one shape, rank, key) -> stacks q (B, m, r), s (B, r) and
+# r (B, r, n). Q and R are orthonormal, so the space outside them is well defined (_residual.py).
 SUBSPACES: dict[str, Callable[..., Any]] = {"randomized_svd": randomized_svds, "svd": exact_svds}
 
 

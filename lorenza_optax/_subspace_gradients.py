@@ -30,11 +30,11 @@ from lorenza_optax._mesh import in_auto_mode
 from lorenza_optax._perturbed import find_states
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._refresh import is_due
+from lorenza_optax._renewal import carried
 from lorenza_optax._sketch import WARM_UP, sketch_rows
-from lorenza_optax._state import LowRankState, check_same_tree, examples
+from lorenza_optax._state import LowRankState, check_same_tree
 from lorenza_optax._step import prepare
 from lorenza_optax._surroundings import applied
-from lorenza_optax._transport import transport
 
 __all__ = ["subspace_value_and_grad"]
 
@@ -225,11 +225,9 @@ def _with_sketches(
     config: LowRankConfig, plan: ProjectionPlan, low: Any, sketches: Any, state: LowRankState
 ) -> LowRankState:
     new, share = sketched_subspaces(config, plan, low, sketches, state)
-    leaves = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in plan.leaves.items()}
-    initial = config.inner.init(examples(plan, leaves)[0])
-    moments = load_moments(state.projected, initial)
-    carried = transport(config.moment_transport, moments, initial, new.overlaps, config.decays)
-    return _installed(config, state, new.subspaces, carried, new.refreshed, share)
+    moments = load_moments(state.projected, config.inner.init(low))
+    moved = carried(config, state.count, moments, low, new.overlaps)
+    return _installed(config, state, new.subspaces, moved, new.refreshed, share)
 
 
 def _with_gradient(

@@ -13,7 +13,7 @@ from lorenza_optax._ascent import Ascent, AscentConfig, along_moments, by_probes
 from lorenza_optax._checks import value_at
 from lorenza_optax._directions import Directions, Probe, full_space, in_subspace
 from lorenza_optax._gradient import FullSpaceAscentState, draw_probes
-from lorenza_optax._inner import first_moment
+from lorenza_optax._inner import FIRST_MOMENTS, first_moment
 from lorenza_optax._landscape import Displacement, Landscape, Subspaces
 from lorenza_optax._matrix_view import MatrixView
 
@@ -151,4 +151,9 @@ def chosen_ascent(
         return by_probes(near, directions, around.draw(directions), mu, config)
     if config.ascent == "subspace":
         return in_gradient(near, around.subspaces, config)
+    if not jax.tree.leaves(around.moments):
+        raise ValueError(
+            f"ascent={config.ascent!r} needs a first moment, and the optimizer that opt_state is of"
+            f" keeps none under any of the names {', '.join(FIRST_MOMENTS)}."
+        )
     return along_moments(near, around.subspaces, around.moments, mu, config)

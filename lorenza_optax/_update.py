@@ -14,6 +14,12 @@ from lorenza_optax._mesh import in_auto_mode
 
 __all__ = ["LowRankUpdate", "apply_updates"]
 
+_ONLY = (
+    "with factored_updates=True it can be scaled and added to its parameter only. A stage that"
+    " needs the numbers themselves goes in front (gradient_transform=), or pass"
+    " factored_updates=False."
+)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRankUpdate:
@@ -41,11 +47,16 @@ class LowRankUpdate:
     __array_priority__ = 200
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"A LowRankUpdate has no {name!r}: it can be scaled and added to its parameter only."
-            " A stage that needs the numbers themselves goes in front (gradient_transform=), or"
-            " pass factored_updates=False."
-        )
+        raise AttributeError(f"A LowRankUpdate has no {name!r}: {_ONLY}")
+
+    def __repr__(self) -> str:
+        # JAX's own messages show it.
+        return f"LowRankUpdate(shape={self.shape}: {_ONLY})"
+
+    def _refuse(self, *_: Any) -> Any:
+        raise TypeError(f"Not for a LowRankUpdate: {_ONLY}")
+
+    __add__ = __sub__ = __rsub__ = __pow__ = __abs__ = __array__ = _refuse
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,6 +80,9 @@ class LowRankUpdate:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: Any) -> LowRankUpdate:
+        return self * (1 / divisor)
+
     def __neg__(self) -> LowRankUpdate:
         return self * -1
 
@@ -90,13 +104,9 @@ class LowRankUpdate:
             return (kept + matmul(left, right)).astype(matrix.dtype)
 
         view = self.view
-        if not view.batch:
-            return view.leaf(moved(view.matrix(leaf), left, right))
-        if view.batch_axes != tuple(range(len(view.batch_axes))):
-            # Layers do not lie one after the other: no slice can be updated in place.
-            return view.leaf(moved(view.matrix(leaf), left, right))
         ordered = (*view.batch_axes, *view.row_axes, *view.column_axes)
-        if ordered != tuple(range(len(view.shape))):
+        if not view.batch or ordered != tuple(range(len(view.shape))):
+            # Layers do not lie one after the other: no slice can be updated in place.
             return view.leaf(moved(view.matrix(leaf), left, right))
 
         def layer(index: jax.Array, stack: jax.Array) -> jax.Array:

@@ -323,7 +323,7 @@ def test_nnx_optimizer(method):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("make", ["lorenza", "zo_sam_perturbation"])
+@pytest.mark.parametrize("make", ["lorenza", "lorenza-subspace", "zo_sam_perturbation"])
 def test_shard_map_averages_over_the_named_axis(make, check_vma):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     params = problems.params(shapes={"a": (12, 20)})
@@ -349,7 +349,8 @@ def test_shard_map_averages_over_the_named_axis(make, check_vma):
         return p, optax.tree.get(state, "value")
 
     def build(**kwargs):  # plain gradient descent, which a wrong factor would show in
-        if make == "lorenza":
+        if make.startswith("lorenza"):
+            kwargs |= {"ascent": "subspace"} if make.endswith("subspace") else {}
             kwargs |= {"rank": 4, "base_optimizer": optax.identity()}
             return lorenza_optax.lorenza(1.0, **kwargs)
         return optax.chain(lorenza_optax.zo_sam_perturbation(**kwargs), optax.sgd(1.0))

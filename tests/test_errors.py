@@ -147,3 +147,17 @@ def test_a_state_of_another_rank_or_tree_says_what_differs():
         lorenza(1e-3, rank=3).update(params, state, params)
     with pytest.raises(ValueError, match="factor q of leaf 'a'.*need nothing"):
         lorenza(1e-3, rank=2).update({"b": params["a"]}, state, {"b": params["a"]})
+
+
+@pytest.mark.parametrize("ascent", ["momentum", "signed_momentum"])
+def test_an_ascent_along_moments_that_are_not_kept(ascent):
+    optimizer = {"base_optimizer": optax.scale_by_rms()}
+    with pytest.raises(ValueError, match=f"ascent='{ascent}' needs a first moment"):
+        lorenza_optax.lorenza(1e-2, ascent=ascent, **optimizer)
+    with pytest.raises(ValueError, match="probe_factors='momentum' needs a first moment"):
+        lorenza_optax.lorenza(1e-2, probe_factors="momentum", **optimizer)
+    params = {"w": jnp.ones((8, 6))}
+    state = lorenza_optax.lorenza(1e-2, rank=2, rho=0.0, **optimizer).init(params)
+    gradient = lorenza_optax.perturbed_value_and_grad(lambda p: jnp.sum(p["w"]), ascent=ascent)
+    with pytest.raises(ValueError, match="keeps none under any of the names"):
+        gradient(params, opt_state=state)

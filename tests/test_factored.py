@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+import lorenza_optax
 from lorenza_optax import WeightDimensionNumbers
 from lorenza_optax._landscape import Displacement, Subspaces, landscape
 from lorenza_optax._matrix_view import matrix_view
@@ -135,6 +137,7 @@ W, WS = {"w": _normal(0, D, D)}, {"w": _normal(0, LAYERS, D, D)}
 HEADS = {"w": _normal(0, D, 3, 4), "o": _normal(2, 3, 4, D)}
 HEAD_NUMBERS = {"w": WeightDimensionNumbers(0, (1, 2)), "o": WeightDimensionNumbers((0, 1), 2)}
 TABLE = jnp.arange(35).reshape(5, 7) % D
+FAR = TABLE.at[0, 0].set(D + 3)  # beyond the table
 
 # name -> (params, function of them, dimension numbers by path)
 CASES = {
@@ -156,6 +159,17 @@ CASES = {
     "inner gradient": (W, lambda p: jax.grad(lambda x: jnp.sum(jnp.sin(x @ p["w"])))(X),
                        {"w": None}),
     "jit": (W, lambda p: jax.jit(lambda w, x: jax.nn.relu(x @ w))(p["w"], X), {"w": None}),
+    "filled": (W, lambda p: jnp.take(p["w"], FAR, axis=0, mode="fill", fill_value=5.0),
+               {"w": None}),
+    "clamped slice": (
+        W, lambda p: X[..., :4] @ jax.lax.dynamic_slice(p["w"], (-2 * D - 2, 1), (4, 5)),
+        {"w": None},
+    ),
+    "named": (W, lambda p: X @ checkpoint_name(p["w"], "kernel"), {"w": None}),
+    "precision of each": (
+        W, lambda p: jax.lax.dot_general(p["w"], X, (((0,), (2,)), ((), ())),
+                                         ("highest", "default")), {"w": None},
+    ),
     "custom_jvp": (W, lambda p: _dense(X, p["w"]), {"w": None}),
     "bfloat16 compute": (
         W,
@@ -176,6 +190,17 @@ CASES = {
 FORMED = {
     "custom_vjp": (W, lambda p: _reversed(X, p["w"]), {"w": None}),
     "square": (W, lambda p: jnp.sum(X @ p["w"]) + jnp.sum(p["w"] ** 2), {"w": None}),
+    "norm": (W, lambda p: jnp.mean(X @ p["w"]) * jnp.linalg.norm(p["w"]), {"w": None}),
+    "weight normalization": (
+        W, lambda p: X @ (p["w"] / jnp.linalg.norm(p["w"], axis=0)), {"w": None}
+    ),
+    "gram": (W, lambda p: p["w"].T @ p["w"], {"w": None}),
+    "quantized": (W, lambda p: X @ p["w"].astype(jnp.float8_e4m3fn).astype(jnp.float32),
+                  {"w": None}),
+    "platform": (
+        W, lambda p: jax.lax.platform_dependent(p["w"], cpu=lambda w: X @ w, default=lambda w: X),
+        {"w": None},
+    ),
     "rows": (W, lambda p: jax.lax.scan(lambda c, w: (c + w.sum(), w), 0.0, p["w"])[0], {"w": None}),
     "concatenate": (
         WS, lambda p: X @ jnp.concatenate([p["w"][0], p["w"][1]], axis=1), {"w": STACK}
@@ -268,9 +293,11 @@ def test_bfloat16_weights_keep_their_dtype_and_their_displacement():
         theirs = exact.at(small) - exact.at(none)
         if size == 1.0:
             np.testing.assert_allclose(ours, theirs, rtol=0.1, atol=5e-3)
-    # What needs the sum itself is evaluated in float32.
-    near, moves = _setup(FORMED["square"], keep_factored=True, dtype=jnp.bfloat16)
-    assert near.leaves["w"].dtype == jnp.float32
+    # What needs the sum itself, rows of it, and what is returned, are evaluated in float32.
+    returned = (W, lambda p: p["w"], {"w": None})
+    for case in (FORMED["square"], FORMED["gram"], CASES["tied embedding"], returned):
+        near, moves = _setup(case, keep_factored=True, dtype=jnp.bfloat16)
+        assert near.leaves["w"].dtype == jnp.float32
 
 
 def test_a_while_loop_has_no_backward_pass_but_values():
@@ -301,3 +328,67 @@ def test_auxiliary_output_may_hold_anything():
     value, aux = near.at(Displacement({"w": _normal(2, RANK, D)}, {}))
     np.testing.assert_allclose(jnp.sum(X @ aux["w"]), value, rtol=1e-5)
     assert aux["name"] == "aux"
+    assert type(aux["n"]) is int
+
+
+@pytest.mark.parametrize("estimator", ["jvp", "central"])
+def test_one_probe_asks_for_no_batching(estimator):
+    """Losses may have parts that cannot be vmapped, and branches of which one is meant to run."""
+    params, calls = {"w": _normal(0, D, D)}, []
+
+    def loss(params):
+        y = X[0] @ params["w"]
+        groups = jax.lax.ragged_dot(y, params["w"][None], jnp.array([7]))
+        on = lambda: (jax.debug.callback(lambda: calls.append(1)), y)[1]  # noqa: E731
+        return jnp.mean(jax.lax.cond(jnp.sum(y) ** 2 >= 0, on, lambda: 0 * y) * groups)
+
+    tx = lorenza_optax.lorenza(1e-2, rank=RANK, estimator=estimator)
+    update = jax.jit(lambda state: tx.update(None, state, params, value_fn=loss)[1])
+    state = update(tx.init(params))
+    jax.effects_barrier()
+    calls.clear()
+    state = update(state)
+    jax.effects_barrier()
+    assert bool(state[0].ascent.perturbed)
+    assert len(calls) == (2 if estimator == "jvp" else 3)
+
+
+def test_products_in_eight_bits_lose_no_perturbation():
+    """Activations and weights are quantized; L and R are not, which would overflow."""
+    params = {"w": _normal(0, D, D), "v": _normal(1, D, D)}
+    eight = jnp.float8_e4m3fn
+
+    def loss(params):
+        x = (X * (448 / jnp.max(jnp.abs(X)))).astype(eight)
+        y = jax.lax.dot(x[0], params["w"].astype(eight), preferred_element_type=jnp.float32)
+        return jnp.mean(jnp.tanh(y / 448) @ params["v"])
+
+    norms = []
+    for factored in (True, False):
+        tx = lorenza_optax.lorenza(1e-2, rank=RANK, factored=factored)
+        update = jax.jit(lambda state, tx=tx: tx.update(None, state, params, value_fn=loss)[1])
+        state = tx.init(params)
+        for _ in range(2):
+            state = update(state)
+        norms.append(state[0].ascent.ascent_norm)
+    assert norms[0] > 0
+    np.testing.assert_allclose(*norms, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*perturbed weight itself")
+def test_an_explicit_mesh_whose_axes_are_made_auto_inside_the_loss():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(_normal(0, D, D), jax.NamedSharding(mesh, jax.P("x")))}
+
+        def loss(params):
+            inside = jax.sharding.auto_axes(lambda w: X[0] @ w, out_sharding=jax.P())
+            return jnp.mean(jnp.sin(inside(params["w"])))
+
+        values = []
+        for factored in (True, False):
+            tx = lorenza_optax.lorenza(1e-2, rank=RANK, factored=factored, ascent="subspace")
+            step = jax.jit(lambda s, tx=tx: tx.update(None, s, params, value_fn=loss)[1])
+            state = step(step(tx.init(params)))
+            values.append(state[0].ascent.value)
+        np.testing.assert_allclose(*values, rtol=1e-5)

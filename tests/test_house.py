@@ -51,6 +51,7 @@ LAYERS = [
     "_lorenza_plus",
     "_zo_sam",
     "_perturbed",
+    "_momentum_sam",
     "_subspace_gradients",
     "__init__",
 ]
