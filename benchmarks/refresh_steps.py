@@ -61,8 +61,9 @@ def deep_model(size, arguments, text, console):
     compiled = {}
     for turn in range(arguments.compilations):
         for name, entry in entries(gap).items():
-            console.print(f"  compiling, {turn + 1} of {arguments.compilations}: {name}")
             program, seconds = _compile(entry, shape, text.batch(shape, 0))
+            parts = "trace {trace:.1f} s, lower {lower:.1f} s, XLA {xla:.1f} s".format(**seconds)
+            console.print(f"  compiled, {turn + 1} of {arguments.compilations}: {name}: {parts}")
             results[name].setdefault("compilations", []).append(seconds)
             if name in STEPPED:
                 compiled[name] = program
@@ -81,15 +82,16 @@ def deep_model(size, arguments, text, console):
 
     checks = []
     for name in STEPPED:
-        # The full decompositions of a refresh of galore's take many seconds.
-        few = 2 * gap if name == "galore" else steps
-        batches = [jax.device_put(text.batch(shape, step)) for step in range(few + 1)]
-        runs = [
-            _train(entries(gap)[name], shape, compiled[name], batches, f"  {name}, {run}", console)
-            for run in range(RUNS)
-        ]
+        # One refresh of galore's, by full decompositions, takes longer than all other steps.
+        updates, times = (gap, 1) if name == "galore" else (steps, RUNS)
+        batches = [jax.device_put(text.batch(shape, step)) for step in range(updates + 1)]
+        runs = []
+        for run in range(times):
+            label = f"  {name}, run {run + 1} of {times}"
+            entry = entries(gap)[name]
+            runs.append(_train(entry, shape, compiled[name], batches, label, console))
         results[name] |= _summary(runs)
-        checks += _checks(name, runs, few, gap)
+        checks += _checks(name, runs, updates, gap)
         del compiled[name]
     own, staggered = results[OWN], results[STAGGERED]
     found = {"shape": shape._asdict(), "gap": gap, "steps": steps, "optimizers": results}

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 
 from lorenza_optax._directions import Directions, Probe
 from lorenza_optax._landscape import Displacement, Landscape
@@ -98,7 +99,11 @@ def _forward_mode_or_differences(evaluate: Callable[[str], jax.Array], estimator
     if estimator != "auto":
         return evaluate(estimator)
     try:
-        return evaluate("jvp")
+        traced = jax.make_jaxpr(lambda: evaluate("jvp"))()
+        if "custom_lin" in _primitives(traced.jaxpr):
+            # What JAX leaves of a custom_vjp in forward mode; it would refuse to compile it.
+            raise TypeError("a jax.custom_vjp function has no rule for jax.jvp.")
+        return jaxpr_as_fun(traced)()[0]
     except Exception as error:
         slopes = evaluate("central")  # an error of the loss itself is raised here
         reason = str(error).split("\n")[0]
@@ -108,3 +113,16 @@ def _forward_mode_or_differences(evaluate: Callable[[str], jax.Array], estimator
             stacklevel=2,
         )
         return slopes
+
+
+def _primitives(jaxpr: Any) -> set[str]:
+    """The names of all primitives in a program, those in its control flow included."""
+    names = set()
+    for eqn in jaxpr.eqns:
+        names.add(eqn.primitive.name)
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    names |= _primitives(inner)
+    return names

@@ -1,5 +1,7 @@
 """Small problems that tests share: leaves of every kind, a loss that couples them."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,12 @@ DIMENSION_NUMBERS = {
     "attention": WeightDimensionNumbers(0, (1, 2)),
     "bias": None,
 }
+# With the emitters of programs outside the tests; conftest.py chooses the older ones.
+OWN_EMITTERS = (
+    {"xla_cpu_use_fusion_emitters": True}
+    if "fusion_emitters=false" in os.environ.get("XLA_FLAGS", "")
+    else None
+)
 SAMPLES = 40  # more than any dimension: gradients have full rank
 
 

@@ -45,7 +45,7 @@ def test_rank_at_least_the_dimensions_is_the_inner_optimizer():
     with pytest.warns(UserWarning, match="No leaf is projected"):
         ours, _ = _run(lorenza(1e-2, rank=64, weight_decay=0.1), gradients)
     theirs, _ = _run(optax.adamw(1e-2, weight_decay=0.1), gradients)
-    chex.assert_trees_all_close(ours, theirs, rtol=1e-6)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-6, atol=1e-9)  # of updates of 1e-2
 
 
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
