@@ -91,25 +91,40 @@ class Ascent(NamedTuple):
     """A way to find the direction A.
 
     Attributes:
-      find: () -> (coordinates of A / ‖A‖, ‖A‖), both zero if A is zero or not finite.
+      draw: () -> random arrays that ``find`` needs.
+      find: what was drawn -> (coordinates of A / ‖A‖, ‖A‖), both zero if A is zero or not finite.
       zero: Coordinates of the direction 0.
       displacement: (coordinates, ρ) -> the move ρ A / ‖A‖.
     """
 
-    find: Callable[[], tuple[Any, jax.Array]]
+    draw: Callable[[], Any]
+    find: Callable[[Any], tuple[Any, jax.Array]]
     zero: Any
     displacement: Callable[[Any, jax.typing.ArrayLike], Displacement]
 
 
 def by_probes(
-    near: Landscape, directions: Directions, probes: Probe, mu: Any, config: AscentConfig
+    near: Landscape,
+    directions: Directions,
+    draw: Callable[[], Probe],
+    mu: Any,
+    config: AscentConfig,
 ) -> Ascent:
     """The published ascent, in the subspaces or in full space."""
-    keys = None if probes.keys is None else probes.keys[:, 0]
+
+    def displacement(weights: Any, rho: jax.typing.ArrayLike) -> Displacement:
+        return directions.displacement(Probe(weights, directions.keys(draw)).scaled(rho))
+
+    def find(drawn: Any) -> tuple[Any, jax.Array]:
+        probes = draw() if drawn is None else Probe(drawn, None)
+        return estimate_weights(near, directions, probes, mu, config)
+
+    combined = jax.eval_shape(lambda: directions.combine(jnp.zeros(config.num_probes), draw()))
     return Ascent(
-        lambda: estimate_weights(near, directions, probes, mu, config),
-        directions.combine(jnp.zeros(config.num_probes), probes).weights,
-        lambda weights, rho: directions.displacement(Probe(weights, keys).scaled(rho)),
+        lambda: draw().weights if directions.keys(draw) is None else None,
+        find,
+        jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), combined.weights),
+        displacement,
     )
 
 
@@ -118,7 +133,7 @@ def in_gradient(near: Landscape, subspaces: Subspaces, config: AscentConfig) -> 
     still = zero_moves(near, subspaces)
     others = {path: leaf for path, leaf in near.leaves.items() if path not in still}
 
-    def find() -> tuple[Any, jax.Array]:
+    def find(_: None) -> tuple[Any, jax.Array]:
         def loss(low: Mapping[str, jax.Array], others: Mapping[str, jax.Array]) -> jax.Array:
             return near.value(Displacement(low, {}), {**near.leaves, **others}, vanishes=True)
 
@@ -131,7 +146,7 @@ def in_gradient(near: Landscape, subspaces: Subspaces, config: AscentConfig) -> 
         return normalized(gradient, subspaces)
 
     zero = _wide(Displacement(still, jax.tree.map(jnp.zeros_like, others)))
-    return Ascent(find, zero, lambda unit, rho: unit.scaled(rho))
+    return Ascent(lambda: None, find, zero, lambda unit, rho: unit.scaled(rho))
 
 
 def along_moments(
@@ -143,7 +158,7 @@ def along_moments(
 ) -> Ascent:
     """The first moment; with "signed_momentum" turned uphill by one probe along it."""
 
-    def find() -> tuple[Any, jax.Array]:
+    def find(_: None) -> tuple[Any, jax.Array]:
         unit, norm = normalized(moments, subspaces)
         if config.ascent == "signed_momentum":
             slope = slopes_along(near, lambda _: unit, jnp.zeros(1), mu, config)[0]
@@ -152,7 +167,7 @@ def along_moments(
         return unit, norm
 
     zero = _wide(jax.tree.map(jnp.zeros_like, moments))
-    return Ascent(find, zero, lambda unit, rho: unit.scaled(rho))
+    return Ascent(lambda: None, find, zero, lambda unit, rho: unit.scaled(rho))
 
 
 def zero_moves(near: Landscape, subspaces: Subspaces) -> dict[str, jax.Array]:

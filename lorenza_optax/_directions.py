@@ -46,12 +46,14 @@ class Directions(NamedTuple):
       displacement: probe -> the move of the parameters, in at least float32.
       combine: (slopes (q,), q stacked probes) -> the probe (1/q) Σ_j d_j P_j.
       norm: probe -> Frobenius norm of its displacement over all leaves.
+      keys: What draws the probes -> keys of the direction that combines them, (j,) or None.
     """
 
     draw: Callable[[jax.Array, int], Probe]
     displacement: Callable[[Probe], Displacement]
     combine: Callable[[jax.Array, Probe], Probe]
     norm: Callable[[Probe], jax.Array]
+    keys: Callable[[Callable[[], Probe]], jax.Array | None]
 
 
 def in_subspace(subspaces: Subspaces, partners: Mapping[str, jax.Array]) -> Directions:
@@ -86,7 +88,7 @@ def in_subspace(subspaces: Subspaces, partners: Mapping[str, jax.Array]) -> Dire
     def norm(probe: Probe) -> jax.Array:
         return displacement_norm(displacement(probe), subspaces)
 
-    return Directions(draw, displacement, combine, norm)
+    return Directions(draw, displacement, combine, norm, lambda _: None)
 
 
 def displacement_norm(move: Displacement, subspaces: Subspaces) -> jax.Array:
@@ -138,7 +140,12 @@ def full_space(params: Mapping[str, jax.Array]) -> Directions:
     def norm(probe: Probe) -> jax.Array:
         return displacement_norm(displacement(probe), Subspaces({}, {}))
 
-    return Directions(draw, displacement, combine, norm)
+    def keys(draw: Callable[[], Probe]) -> jax.Array:
+        found = draw().keys
+        assert found is not None
+        return found[:, 0]
+
+    return Directions(draw, displacement, combine, norm, keys)
 
 
 def _normal_by_path(
@@ -156,7 +163,10 @@ def _normal_by_path(
     for (shape, dtype), paths in groups.items():
         hashes = jnp.asarray([path_hash(path) for path in paths], jnp.uint32)
         keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(hashes)
-        normals = jax.vmap(lambda one: jax.random.normal(one, shape, dtype))(keys)  # noqa: B023
+        draw = lambda one: jax.random.normal(one, shape, dtype)  # noqa: B023, E731
+        # In a loop of two halves: what a loop makes XLA keeps, and otherwise it repeats the fifty
+        # instructions of a Gaussian in every fusion that reads a leaf's part of them.
+        normals = jax.lax.map(draw, keys, batch_size=max(1, len(paths) // 2))
         drawn |= dict(zip(paths, normals, strict=True))
     return {path: drawn[path] for path in shapes}
 

@@ -121,8 +121,13 @@ def ascend(
     rho = value_at(config.rho, count)
     perturbed = jnp.asarray(ready) & (jnp.asarray(rho) != 0)
     perturbed &= count % config.perturb_every == 0
+    # Drawn apart: XLA compiles one kernel for all fusions that are alike, and those that read a
+    # leaf's own part of what was drawn for all would all be different.
+    shapes = jax.eval_shape(ascent.draw)
+    none_drawn = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    drawn = jax.lax.cond(perturbed, ascent.draw, lambda: none_drawn)
     nothing = (ascent.zero, jnp.zeros((), jnp.float32))
-    coordinates, norm = jax.lax.cond(perturbed, ascent.find, lambda: nothing)
+    coordinates, norm = jax.lax.cond(perturbed, lambda: ascent.find(drawn), lambda: nothing)
     return ascent.displacement(coordinates, rho), norm, perturbed & (norm > 0)
 
 

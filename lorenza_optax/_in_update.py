@@ -208,8 +208,5 @@ def sketched_subspaces(
     held = total(jnp.sum(g * g) for g in low.values())
     share = jnp.minimum(held / jnp.where(energy > 0, energy, 1), 1)
     usable = jnp.isfinite(share)
-    kept = jax.tree.map(
-        lambda n, o: jnp.where(usable, n, o), new.subspaces, unchanged(plan, state).subspaces
-    )
-    new = NewSubspaces(kept, new.overlaps, new.refreshed & usable)
+    new = new._replace(refreshed=new.refreshed & usable)
     return new, jnp.where(usable, share, state.captured_energy).astype(jnp.float32)

@@ -54,9 +54,8 @@ def renewed(
     new = install(config, plan, state, found)
     moved = transport(config.moment_transport, moments, initial, new.overlaps, config.decays)
     old = (state.q, state.r, state.singular_values)
-    kept = jax.tree.map(
-        lambda n, o: jnp.where(new.refreshed, n, o), (new.subspaces, moved), (old, moments)
-    )
+    # No `where` on each leaf: see `ascend` on fusions that are all different.
+    kept = jax.lax.cond(new.refreshed, lambda: (new.subspaces, moved), lambda: (old, moments))
     return (*kept, new.refreshed)
 
 

@@ -178,14 +178,12 @@ def complete(
     subspaces, refreshed = prepared.subspaces, prepared.refreshed
     if new is not None:
         refreshed = new.refreshed & usable
-        projected = jax.lax.cond(
-            refreshed,
-            lambda: carried(config, state.count, projected, prepared.low, new.overlaps),
-            lambda: projected,
-        )
-        subspaces = jax.tree.map(
-            lambda n, o: jnp.where(refreshed, n, o), new.subspaces, prepared.subspaces
-        )
+
+        def cross() -> tuple[Any, Any]:
+            low, overlaps = prepared.low, new.overlaps
+            return new.subspaces, carried(config, state.count, projected, low, overlaps)
+
+        subspaces, projected = jax.lax.cond(refreshed, cross, lambda: (subspaces, projected))
 
     dtype = config.stored_moment_dtype()
     key = step_key(state.ascent.seed, state.count, ROUNDING)

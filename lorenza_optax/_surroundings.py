@@ -143,12 +143,12 @@ def chosen_ascent(
     mu = value_at(config.mu, count)
     if around.in_full_space:
         directions = full_space(arrays)
-        return by_probes(near, directions, around.draw(directions), mu, config)
+        return by_probes(near, directions, lambda: around.draw(directions), mu, config)
     if not around.subspaces.views:
         return None
     if config.ascent == "zo":
         directions = in_subspace(around.subspaces, around.partners)
-        return by_probes(near, directions, around.draw(directions), mu, config)
+        return by_probes(near, directions, lambda: around.draw(directions), mu, config)
     if config.ascent == "subspace":
         return in_gradient(near, around.subspaces, config)
     if not jax.tree.leaves(around.moments):
