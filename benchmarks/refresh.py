@@ -6,9 +6,10 @@
 Sections: A the refresh of one matrix of a real gradient, beside optax.contrib.galore's; B the
 energy that the randomized SVD captures, by power iterations; C a deep unrolled model, the time to
 compile it and its slowest step, beside AdamW, SAM and GaLore; D the main job with refreshes from
-the gradient and from sketches. Programs are timed in turns, and no two compile at once. Writes
-benchmarks/results/refresh.json and .png; a partial run (--quick, --only) writes only where --out
-says. Exits with 1 if what is timed is not what it should be.
+the gradient and from sketches; E ways to find subspaces, on the same gradients. Programs are timed
+in turns, and no two compile at once. Writes benchmarks/results/refresh.json and .png; a partial
+run (--quick, --only) writes only where --out says. Exits with 1 if what is timed is not what it
+should be.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import rich.console  # noqa: E402
 from bars import bars_table, stored  # noqa: E402
 from programs import Shape  # noqa: E402
 from refresh_matrix import Matrix, captured, one_matrix  # noqa: E402
+from refresh_sketches import sketches  # noqa: E402
 from refresh_steps import deep_model  # noqa: E402
 from refresh_training import main_job  # noqa: E402
 
@@ -44,16 +46,18 @@ class Deep(NamedTuple):
 SIZES = {
     "A": Matrix(1024, 2752, rank=64),
     "B": Matrix(1024, 2752, rank=64),
-    "C": Deep(Shape(width=256, layers=24, batch=2, length=128, rank=32), gap=20, steps=100),
+    "C": Deep(Shape(width=256, layers=24, batch=2, length=64, rank=32), gap=20, steps=100),
     "D": [],  # the defaults of examples/pretrain.py
+    "E": [],
 }
 QUICK = {
     "A": Matrix(128, 344, rank=16),
     "B": Matrix(128, 344, rank=16),
     "C": Deep(Shape(width=64, layers=1, batch=2, length=32, rank=8), gap=5, steps=20),
     "D": ["--preset", "nano", "--steps", "16", "--update-proj-gap", "4"],
+    "E": ["--preset", "nano", "--steps", "16", "--update-proj-gap", "4"],
 }
-SECTIONS = {"A": one_matrix, "B": captured, "C": deep_model, "D": main_job}
+SECTIONS = {"A": one_matrix, "B": captured, "C": deep_model, "D": main_job, "E": sketches}
 
 
 def parse_arguments():
@@ -62,7 +66,7 @@ def parse_arguments():
     parser.add_argument("--rounds", type=int, help="timed calls in A and B (default: 7)")
     parser.add_argument("--compilations", type=int, help="of each program in C (default: 2)")
     parser.add_argument("--seeds", type=int, nargs="+", help="of D (default: 0 1 2)")
-    parser.add_argument("--only", default="A,B,C,D", help="sections, such as A,C")
+    parser.add_argument("--only", default="A,B,C,D,E", help="sections, such as A,C")
     parser.add_argument("--out", type=pathlib.Path, help="folder for the JSON and the plot")
     arguments = parser.parse_args()
     arguments.only = sorted(filter(None, arguments.only.upper().split(",")))

@@ -138,11 +138,29 @@ def main_job_tables(found):
     ]
 
 
+def sketches_tables(found):
+    rows = []
+    for name, shares in found["ways"].items():
+        values = [row["share_of_best"] for row in shares]
+        settled = [row["share_of_best"] for row in shares if row["step"] >= found["gap"]]
+        row = {"first": values[0], "settled": statistics.fmean(settled), "lowest": min(settled)}
+        rows.append({"way": name, **row})
+    columns = {
+        "way": ("way", _text),
+        "first": ("first", _share),
+        "settled": ("mean after the first T", _share),
+        "lowest": ("lowest", _share),
+    }
+    title = "E: energy / the best, mean of {matrices} matrices, r={rank}, T={gap}".format(**found)
+    return [_table(title, rows, columns)]
+
+
 TABLES = {
     "A": one_matrix_tables,
     "B": captured_tables,
     "C": deep_model_tables,
     "D": main_job_tables,
+    "E": sketches_tables,
 }
 
 

@@ -1,4 +1,13 @@
-"""Evaluates a traced loss with factored weights: equation by equation, into its control flow."""
+"""Evaluates a traced loss with factored weights: equation by equation, into its control flow.
+
+Not quax, whose array-ish values could carry the same rules: with them it makes the same program
+(quax 0.4.6: equal FLOPs and temporary memory, traced in 0.97 to 1.18 times the time), but it forms
+the weights at every `remat`, raises for any `custom_vjp` in the loss, and for a `custom_jvp`
+function of a weight its derivatives are wrong.
+
+The equations of a jitted function join those around it, so shardings that it asks for its own
+arguments are left out, and one called in each layer is compiled for each layer.
+"""
 
 from __future__ import annotations
 
