@@ -240,7 +240,9 @@ def main():
                 f"{'pass' if share >= BAR else 'FAIL'}  {name}, rho={radius}: subspace finds "
                 f"{share:.1%} of SAM's rise for {row['passes']} passes (bar: {BAR:.0%})"
             )
-    stored = {key: value for key, value in vars(arguments).items() if key != "out"}
+    stored = {
+        key: value for key, value in vars(arguments).items() if key not in ("out", "data_dir")
+    }
     summary = {
         "tasks": results,
         "bar": {"share": BAR, "passed": passed},

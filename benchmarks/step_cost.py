@@ -90,12 +90,15 @@ def scanned_stack(shape, rounds, text, note):
     # optax.contrib.galore cannot train stacks of matrices.
     note("  compiling")
     variants = [Variant(name) for name in ("adamw", "sam", *SCANNED)]
+    variants += [Variant(name, False) for name in SCANNED]
     compiled = programs.compile_steps(variants, shape, batch)
-    needed = {variant.name: programs.temporary_bytes(one) for variant, one in compiled.items()}
-    results = {
-        name: {"temporary_bytes": needs, "saved_stacks": (needed["adamw"] - needs) / stack}
-        for name, needs in needed.items()
-    }
+    needed = {variant: programs.temporary_bytes(one) for variant, one in compiled.items()}
+    results = {}
+    for (name, refresh), needs in needed.items():
+        saved = (needed[Variant("adamw")] - needs) / stack
+        suffix = "" if refresh else "_without_refresh"
+        found = {f"temporary_bytes{suffix}": needs, f"saved_stacks{suffix}": saved}
+        results.setdefault(name, {}).update(found)
     saved = results["rho=0, own apply"]["saved_stacks"]
     bar = Bar("C", "own apply: memory below AdamW's, stacks", saved, ">=", 0.8)
     return {"shape": shape._asdict(), "stack_bytes": stack, "optimizers": results}, [bar]
@@ -179,6 +182,7 @@ def costs_table(section, found):
         "temporary_bytes": ("temporary", lambda x: f"{1e-6 * x:.4g} MB"),
         "extra_copies": ("extra copies", lambda x: f"{x:+.2f}"),
         "saved_stacks": ("stacks saved", lambda x: f"{x:+.2f}"),
+        "saved_stacks_without_refresh": ("between refreshes", lambda x: f"{x:+.2f}"),
         "optimizer_state_bytes": ("state", lambda x: f"{1e-6 * x:.4g} MB"),
         "bytes": ("collectives", lambda x: f"{1e-6 * x:.4g} MB"),
         "bytes_without_refresh": ("normal step", lambda x: f"{1e-6 * x:.4g} MB"),
