@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_code_blocks_run():
-    quickstart, train_state, plan = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    quickstart, train_state, momentum, plan = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
     def loss(params, batch):
         return jnp.mean((batch @ params["kernel"] @ params["out"] - 1.0) ** 2)
@@ -43,6 +43,18 @@ def test_code_blocks_run():
         state, _ = names["train_step"](state, batch)
     assert loss(state.params, batch) < before
 
+    build, evaluate = momentum.split("...", 1)
+    exec(build, names)
+    held, opt_state = params, names["tx"].init(params)
+    update = jax.jit(lambda p, s: names["tx"].update(jax.grad(loss)(p, batch), s, p))
+    for _ in range(5):
+        updates, opt_state = update(held, opt_state)
+        held = optax.apply_updates(held, updates)
+    names |= {"opt_state": opt_state, "params": held}
+    exec(evaluate.partition("\n")[2], names)
+    assert not jnp.array_equal(names["evaluated"]["kernel"], held["kernel"])
+    assert loss(held, batch) < before
+
     exec(plan, names)
     scanned = {
         "layers": {
@@ -69,6 +81,13 @@ def test_the_main_jobs_table_is_the_stored_one():
 
     summary = json.loads((ROOT / "benchmarks" / "results" / "main_job.json").read_text())
     assert main_job.markdown(summary) in README
+
+
+def test_the_table_of_ascents_is_the_stored_one():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import readme_table
+
+    assert readme_table.markdown(*map(readme_table.load, ("ascent", "step_cost"))) in README
 
 
 def test_tuning_figures_are_the_stored_ones():
