@@ -159,10 +159,13 @@ def subspace_gradient(
 
         def refreshed() -> Any:
             value, gradient = full_gradient(near, move, config.ascent)
-            _, like = jax.eval_shape(only_low)
-            return value, in_auto_mode(
-                lambda *args: prepare(config, plan, *args)[0], gradient, state, like=like
+            prepared = in_auto_mode(
+                lambda *args: prepare(config, plan, *args)[0],
+                gradient,
+                state,
+                like=lambda: jax.eval_shape(only_low)[1],
             )
+            return value, prepared
 
         due = is_due(state.count, state.last_refresh, config.update_proj_gap)
         return *jax.lax.cond(due, refreshed, only_low), None

@@ -19,7 +19,8 @@ def in_auto_mode(function: Callable[..., Any], *args: Any, like: Any) -> Any:
     Args:
       function: A function of arrays.
       *args: Its arguments, pytrees of arrays.
-      like: A pytree of arrays with the structure of the result (not necessarily its shapes).
+      like: A pytree of arrays with the structure of the result (not necessarily its shapes), or
+        a function that gives one, which is called on a mesh with Explicit axes only.
 
     Returns:
       What ``function`` returns.
@@ -33,7 +34,7 @@ def in_auto_mode(function: Callable[..., Any], *args: Any, like: Any) -> Any:
         own = jax.typeof(leaf).sharding
         return replicated if own.mesh.empty else own  # an array from outside the mesh
 
-    shardings = jax.tree.map(sharding, like)
+    shardings = jax.tree.map(sharding, like() if callable(like) else like)
     return jax.sharding.auto_axes(function, out_sharding=shardings)(*args)
 
 
