@@ -83,11 +83,8 @@ def install(
             if path in state.singular_values:
                 values[path] = new_s.astype(state.singular_values[path].dtype)
     # A decomposition that does not converge gives nan; it stays due, like any failed refresh.
-    in_order = [{path: new[path] for path in like} for new, like in
-                ((q, state.q), (r, state.r), (values, state.singular_values))]  # fmt: skip
-    return NewSubspaces(
-        (in_order[0], in_order[1], in_order[2]), overlaps, jnp.isfinite(total(finite))
-    )
+    succeeded = jnp.isfinite(total(finite))
+    return NewSubspaces((q, r, values), overlaps, succeeded)
 
 
 def projectors_of(plan: ProjectionPlan, q: Arrays, r: Arrays) -> Arrays:
