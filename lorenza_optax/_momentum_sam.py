@@ -60,7 +60,9 @@ def momentum_sam(
 
     It must come last in a chain: a stage behind it would change the perturbation too. Momentum-SAM
     as published goes ahead along the step that momentum makes, which a negative ρ gives here;
-    positive ρ ascends, as in SAM.
+    positive ρ is meant to ascend, as in SAM. A moment is of earlier batches: on the next one it
+    was found to rise in fine-tuning, and to fall a little in pre-training
+    (benchmarks/results/ascent.json).
 
     Args:
       base_optimizer: A whole optimizer that keeps a first moment, such as ``optax.adamw(1e-3)``
