@@ -83,15 +83,14 @@ def _cholesky_qr(y: jax.Array) -> jax.Array:
 def orthonormal(y: jax.Array) -> jax.Array:
     """An orthonormal basis of the columns of ([b,] m, k), m >= k.
 
-    On a CPU, and for small matrices, Householder's QR. On accelerators, where that is slow, two
-    rounds of Cholesky-QR: products and a k × k factorization. It needs a condition number below
-    1e3 or so (of squares in float32); where its result is not orthonormal to round-off,
-    Householder's takes over.
+    For small matrices Householder's QR. For large ones, for which that is slow, two rounds of
+    Cholesky-QR: products and a k × k factorization. It needs a condition number below 1e3 or so
+    (of squares in float32); where its result is not orthonormal to round-off, Householder's
+    takes over. (2752 × 72 on two cores: 4.8 ms against 8.2 ms.)
     """
-    householder = lambda y: jnp.linalg.qr(y)[0]  # noqa: E731
     if y.shape[-2] < LARGE:
-        return householder(y)
-    return jax.lax.platform_dependent(y, cpu=householder, default=_cholesky_or_householder)
+        return jnp.linalg.qr(y)[0]
+    return _cholesky_or_householder(y)
 
 
 def _cholesky_or_householder(y: jax.Array) -> jax.Array:
