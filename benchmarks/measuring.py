@@ -41,6 +41,8 @@ class Training:
         """The updates that refresh, which come first, and one more; says how many."""
         for count, batch in enumerate(batches):
             seconds = self.step(batch)
+            if self.last_refresh < 0:
+                raise RuntimeError(f"update {count} should have refreshed; losses {self.losses}")
             if self.last_refresh < count:
                 return count + 1
             self.refreshes.append(seconds)

@@ -190,10 +190,12 @@ def normalized(move: Displacement, subspaces: Subspaces) -> tuple[Displacement, 
     # Squares of entries as small as 1e-30 must not vanish before the division.
     largest = [jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in jax.tree.leaves(move)]
     size = jnp.max(jnp.abs(jnp.stack(largest)))  # see `total`
-    usable = jnp.isfinite(size) & (size > 0)
-    # A moment that is not finite must give zeros, and 0 · nan is none.
-    move = jax.tree.map(lambda leaf: jnp.where(usable, leaf / size, 0).astype(leaf.dtype), move)
+    size = jnp.where(size > 0, size, 1)
+    move = jax.tree.map(lambda leaf: (leaf / size).astype(leaf.dtype), move)
+    # The norm alone is sure to be nan if an entry is: a maximum may lose it, see `orthonormal`.
     norm = displacement_norm(move, subspaces)
-    usable &= jnp.isfinite(norm * size) & (norm > 0)
-    unit = move.scaled(jnp.where(usable, 1 / jnp.where(norm > 0, norm, 1), 0))
+    usable = jnp.isfinite(norm * size) & (norm > 0)
+    # 0 · nan is not 0.
+    inverse = 1 / jnp.where(norm > 0, norm, 1)
+    unit = jax.tree.map(lambda x: jnp.where(usable, x * inverse, 0).astype(x.dtype), move)
     return unit, jnp.where(usable, norm * size, 0).astype(jnp.float32)

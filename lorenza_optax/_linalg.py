@@ -97,9 +97,10 @@ def _cholesky_or_householder(y: jax.Array) -> jax.Array:
     lengths = jnp.linalg.norm(y, axis=-2, keepdims=True)
     y = y / jnp.where(lengths > 0, lengths, 1)
     q = _cholesky_qr(_cholesky_qr(y))
-    error = jnp.max(jnp.abs(matmul(q.mT, q) - jnp.eye(q.shape[-1], dtype=q.dtype)))
-    # Also false for nan, which a Cholesky factorization gives where it breaks down.
-    good = error < 64 * jnp.finfo(q.dtype).eps
+    errors = jnp.abs(matmul(q.mT, q) - jnp.eye(q.shape[-1], dtype=q.dtype))
+    # nan, which a Cholesky factorization gives where it breaks down, must fail here. It may get
+    # lost in the maximum of a large array: XLA's on CPUs is -inf then (jaxlib 0.10.2).
+    good = jnp.all(errors < 64 * jnp.finfo(q.dtype).eps)
     return jax.lax.cond(good, lambda: q, lambda: jnp.linalg.qr(y)[0])
 
 

@@ -14,6 +14,8 @@ import pytest
 
 import lorenza_optax
 from lorenza_optax import perturbed_value_and_grad
+from lorenza_optax._ascent import normalized
+from lorenza_optax._landscape import Displacement, Subspaces
 from tests import problems
 
 SHAPES = {"a": (12, 20), "b": (24, 10), "bias": (20,)}
@@ -195,6 +197,17 @@ def test_an_ascent_that_is_not_finite_gives_no_perturbation(bad):
     assert int(new.skipped) == 0
     assert np.any(updates["a"] != 0)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((updates, new)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_large_move_that_is_not_finite_is_left_out(bad):
+    move = Displacement({}, {"a": jnp.ones((300, 80)).at[17, 5].set(bad), "b": jnp.ones(3)})
+    jitted = jax.jit(
+        lambda move: normalized(move, Subspaces({}, {})), compiler_options=problems.OWN_EMITTERS
+    )
+    unit, norm = jitted(move)
+    assert float(norm) == 0
+    chex.assert_trees_all_equal(unit, jax.tree.map(jnp.zeros_like, move))
 
 
 def test_tiny_slopes_still_ascend():
