@@ -1,6 +1,7 @@
 """LORENZA and its family: low-rank, sharpness-aware training as Optax transformations."""
 
 from lorenza_optax._arguments import STRUCTURAL_ARGS
+from lorenza_optax._diagnostics import diagnostics
 from lorenza_optax._gradient import SubspaceGradients
 from lorenza_optax._linalg import randomized_svd
 from lorenza_optax._lorenza import lorenza, scale_by_lorenza
@@ -29,6 +30,7 @@ __all__ = [
     "ZoSamState",
     "adazo_sam",
     "apply_updates",
+    "diagnostics",
     "lorenza",
     "lorenza_plus",
     "momentum_sam",

@@ -199,7 +199,7 @@ def unchanged(plan: ProjectionPlan, state: LowRankState) -> NewSubspaces:
         for path, leaf in plan.projected.items()
     }
     old = (state.q, state.r, state.singular_values)
-    return NewSubspaces(old, overlaps, jnp.zeros((), bool))
+    return NewSubspaces(old, overlaps, state.subspace_overlap, jnp.zeros((), bool))
 
 
 def sketched_subspaces(

@@ -11,11 +11,12 @@ import optax
 
 from lorenza_optax._ascent import AscentConfig, normalized
 from lorenza_optax._checks import check_number, check_transformation, value_at
+from lorenza_optax._find import unboxed
 from lorenza_optax._inner import FIRST_MOMENTS, first_moment
 from lorenza_optax._landscape import Displacement, Subspaces
 from lorenza_optax._mesh import in_auto_mode
 from lorenza_optax._paths import leaves_by_path
-from lorenza_optax._perturbed import surroundings_of_states, unboxed
+from lorenza_optax._perturbed import surroundings_of_states
 from lorenza_optax._state import LowRankState
 from lorenza_optax._subspace import lift
 

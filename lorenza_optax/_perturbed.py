@@ -6,23 +6,21 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from lorenza_optax._ascent import AscentConfig
 from lorenza_optax._directions import Directions, Probe, in_subspace
+from lorenza_optax._find import find_states
 from lorenza_optax._gradient import FullSpaceAscentState, full_gradient, like_params
 from lorenza_optax._in_update import perturbed_landscape
 from lorenza_optax._landscape import Displacement, Subspaces
 from lorenza_optax._matrix_view import MatrixView, matrix_view
 from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import dimension_numbers_by_path
-from lorenza_optax._state import LowRankState
 from lorenza_optax._surroundings import Surroundings, applied, of_state
-from lorenza_optax._zo_sam import ZoSamState
 
-__all__ = ["find_states", "perturbed_value_and_grad", "surroundings_of_states", "unboxed"]
+__all__ = ["perturbed_value_and_grad", "surroundings_of_states"]
 
 
 def perturbed_value_and_grad(
@@ -120,7 +118,7 @@ def perturbed_value_and_grad(
     )
 
     def value_and_grad(params: Any, *args: Any, opt_state: Any, **kwargs: Any) -> tuple[Any, Any]:
-        states = find_states(opt_state)
+        states = list(find_states(opt_state).values())
         around = surroundings_of_states(params, states, config, weight_dimension_numbers, proj_type)
         near, move, _, _ = perturbed_landscape(
             config,
@@ -136,32 +134,6 @@ def perturbed_value_and_grad(
         return value, like_params(gradient, params)
 
     return value_and_grad
-
-
-def find_states(opt_state: Any) -> list[Any]:
-    is_ours = lambda node: isinstance(node, (LowRankState, ZoSamState))  # noqa: E731
-    found = filter(is_ours, jax.tree.leaves(opt_state, is_leaf=is_ours))
-    states = [unboxed(state) for state in found]
-    if not states:
-        raise ValueError(
-            "opt_state holds no state of lorenza, adazo_sam or zo_sam_perturbation (found a"
-            f" {type(opt_state).__name__}): pass the state of the optimizer that these gradients"
-            " go to, such as TrainState.opt_state."
-        )
-    return states
-
-
-def unboxed(state: Any) -> Any:
-    """A state with its arrays taken out of the boxes that NNX may keep them in."""
-    return jax.tree.map(_array, state, is_leaf=_is_box)
-
-
-def _is_box(node: Any) -> bool:
-    return not isinstance(node, (tuple, dict)) and not jax.tree_util.all_leaves([node])
-
-
-def _array(leaf: Any) -> jax.Array:
-    return jax.tree.leaves(leaf)[0]
 
 
 def surroundings_of_states(

@@ -28,11 +28,13 @@ class NewSubspaces(NamedTuple):
     Attributes:
       subspaces: (q, r, singular_values) as the state keeps them.
       overlaps: C = P_newᵀ P_old by path ([b,] r, r).
+      overlap: The mean of ‖C‖² / r over all matrices.
       refreshed: Whether they are new.
     """
 
     subspaces: tuple[Any, Any, Any]
     overlaps: Arrays
+    overlap: Any
     refreshed: Any
 
 
@@ -55,7 +57,11 @@ def renewed(
     moved = transport(config.moment_transport, moments, initial, new.overlaps, config.decays)
     old = (state.q, state.r, state.singular_values)
     # No `where` on each leaf: see `ascend` on fusions that are all different.
-    kept = jax.lax.cond(new.refreshed, lambda: (new.subspaces, moved), lambda: (old, moments))
+    kept = jax.lax.cond(
+        new.refreshed,
+        lambda: (new.subspaces, moved, new.overlap),
+        lambda: (old, moments, state.subspace_overlap),
+    )
     return (*kept, new.refreshed)
 
 
@@ -65,12 +71,13 @@ def install(
     """Factors as the state keeps them, their signs turned to those of the old ones in it."""
     old = projectors_of(plan, state.q, state.r)
     q, r, values, overlaps = {}, {}, {}, {}
-    finite = []
+    finite, squares = [], []
     for paths, projectors, partners, singular_values in found:
         before = stacked([old[path] for path in paths])
         overlap = project(projectors, before.astype(projectors.dtype))
         p, k, overlap = align_signs(projectors, partners, overlap)
         finite += [jnp.sum(jnp.square(p)), jnp.sum(jnp.square(k))]
+        squares.append(jnp.mean(jnp.sum(jnp.square(overlap), axis=-1)) * len(p))
         left, right = plan.leaves[paths[0]].matrix.product(p, k)
         batches = [plan.leaves[path].matrix.batch for path in paths]
         parts = (unstacked(stack, batches) for stack in (left, right, singular_values, overlap))
@@ -84,7 +91,9 @@ def install(
                 values[path] = new_s.astype(state.singular_values[path].dtype)
     # A decomposition that does not converge gives nan; it stays due, like any failed refresh.
     succeeded = jnp.isfinite(total(finite))
-    return NewSubspaces((q, r, values), overlaps, succeeded)
+    number = sum(len(one.projectors) for one in found)
+    overlap = (total(squares) / number).astype(jnp.float32)
+    return NewSubspaces((q, r, values), overlaps, overlap, succeeded)
 
 
 def projectors_of(plan: ProjectionPlan, q: Arrays, r: Arrays) -> Arrays:

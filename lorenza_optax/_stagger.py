@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._plan import ProjectionPlan
+from lorenza_optax._state import LowRankState
 from lorenza_optax._subspace import SUBSPACES, align_signs, project
 
 __all__ = ["staggered"]
@@ -21,11 +22,10 @@ def staggered(
     config: LowRankConfig,
     plan: ProjectionPlan,
     matrices: Arrays,
-    subspaces: tuple[Any, Any, Any],
-    count: jax.Array,
+    state: LowRankState,
     usable: jax.Array,
     key: jax.Array,
-) -> tuple[tuple[Any, Any, Any], jax.Array]:
+) -> tuple[tuple[Any, Any, Any], jax.Array, jax.Array]:
     """Refreshes the matrices whose turn it is: each has one in T updates.
 
     All matrices of one shape, layers of a stack included, share one decomposition in the
@@ -35,29 +35,32 @@ def staggered(
       config: The method.
       plan: Its plan.
       matrices: Gradients ([b,] m, n) of the projected leaves by path.
-      subspaces: (q, r, singular_values) as the state keeps them.
-      count: Updates made so far.
+      state: The state before the update.
       usable: Whether the gradient is finite; otherwise a turn is lost.
       key: For the sketch.
 
     Returns:
-      The subspaces, and whether any is new.
+      The subspaces, the ``subspace_overlap`` of the new ones, and whether there are any.
     """
-    phase, gap = count % config.update_proj_gap, config.update_proj_gap
-    refreshed = jnp.zeros((), bool)
+    phase, gap = state.count % config.update_proj_gap, config.update_proj_gap
+    now = (state.q, state.r, state.singular_values), jnp.zeros(())
+    number = jnp.zeros((), jnp.int32)
     for paths in plan.groups:
         layers = [(path, layer) for path in paths for layer in _layers(matrices[path])]
         # The matrices whose share of the T updates begins in this one.
         start, stop = (-((-(phase + i) * len(layers)) // gap) for i in (0, 1))
         stop = jnp.where(usable, stop, start)
-        refreshed |= stop > start
-        subspaces = jax.lax.fori_loop(
+        number += stop - start
+        now = jax.lax.fori_loop(
             start,
             stop,
             lambda i, now, layers=layers: _refresh_one(config, plan, layers, matrices, now, i, key),
-            subspaces,
+            now,
         )
-    return subspaces, refreshed
+    subspaces, overlaps = now
+    refreshed = number > 0
+    overlap = jnp.where(refreshed, overlaps / jnp.maximum(number, 1), state.subspace_overlap)
+    return subspaces, overlap, refreshed
 
 
 def _layers(matrix: jax.Array) -> Sequence[int | None]:
@@ -69,11 +72,11 @@ def _refresh_one(
     plan: ProjectionPlan,
     layers: Sequence[tuple[str, int | None]],
     matrices: Arrays,
-    subspaces: tuple[Any, Any, Any],
+    now: tuple[tuple[Any, Any, Any], jax.Array],
     index: jax.Array,
     key: jax.Array,
-) -> tuple[Any, Any, Any]:
-    """New factors of the matrix with this index among those of its shape."""
+) -> tuple[tuple[Any, Any, Any], jax.Array]:
+    """New factors of the matrix with this index among those of its shape, and ‖C‖²/r added."""
 
     def pick(tree: Arrays, place: tuple[str, int | None]) -> jax.Array | None:
         path, layer = place
@@ -88,6 +91,7 @@ def _refresh_one(
         value = value.astype(tree[path].dtype)
         return {**tree, path: value if layer is None else tree[path].at[layer].set(value)}
 
+    subspaces, overlaps = now
     q, r, values = subspaces
     matrix, old_q, old_r = jax.lax.switch(
         index, [lambda place=p: (pick(matrices, place), pick(q, place), pick(r, place))
@@ -109,4 +113,6 @@ def _refresh_one(
         return put(q, place, left), put(r, place, right), put(values, place, new_s)
 
     installs = [lambda place=p: install(place) for p in layers]
-    return jax.lax.switch(chosen, [*installs, lambda: subspaces])
+    share = jnp.sum(jnp.square(overlap)) / overlap.shape[-1]
+    overlaps += jnp.where(good, share, 0).astype(overlaps.dtype)
+    return jax.lax.switch(chosen, [*installs, lambda: subspaces]), overlaps

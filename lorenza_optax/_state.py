@@ -49,6 +49,8 @@ class LowRankState(NamedTuple):
       captured_energy: Share of the squared gradient norm of the projected leaves that lay in
         their subspaces, float32: at the last update with a full gradient, or as estimated at
         the last refresh from sketches.
+      subspace_overlap: Share of the new subspaces that lay in the old ones at the last refresh,
+        ‖P_newᵀ P_old‖² / r, the mean over all matrices; 0 after the first one, float32.
       ascent: What the ascent keeps: seed, ``value``, ``ascent_norm``, ``perturbed``.
     """
 
@@ -63,6 +65,7 @@ class LowRankState(NamedTuple):
     residual_norms: Any
     gradient_transform: Any
     captured_energy: Any
+    subspace_overlap: Any
     ascent: Any
 
 
@@ -107,6 +110,7 @@ def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankStat
         residual_norms=norms if keeps_norm(config.residual) else {},
         gradient_transform=() if stage is None else stage.init(params),
         captured_energy=jnp.zeros((), jnp.float32),
+        subspace_overlap=jnp.zeros((), jnp.float32),
         ascent=initial_ascent_state(kind, config.seed),
     )
 

@@ -42,6 +42,7 @@ class Prepared(NamedTuple):
       refreshed: Whether the subspaces are new.
       usable: Whether the gradient is finite.
       captured_energy: See :class:`LowRankState`.
+      overlap: Likewise, ``subspace_overlap``.
     """
 
     low: Arrays
@@ -51,6 +52,7 @@ class Prepared(NamedTuple):
     refreshed: Any
     usable: Any
     captured_energy: Any
+    overlap: Any
 
 
 def prepare(
@@ -69,13 +71,13 @@ def prepare(
     initial = config.inner.init(examples(plan, wide)[0])
     moments = load_moments(state.projected, initial)
     old = (state.q, state.r, state.singular_values)
-    current = (old, moments, jnp.zeros((), bool))
+    current = (old, moments, state.subspace_overlap, jnp.zeros((), bool))
     if matrices and config.stagger:
         key = step_key(state.ascent.seed, state.count, SKETCH)
 
         def some() -> Any:
-            found = staggered(config, plan, matrices, old, state.count, usable, key)
-            return found[0], moments, found[1]
+            new, overlap, refreshed = staggered(config, plan, matrices, state, usable, key)
+            return new, moments, overlap, refreshed
 
         first = usable & (state.last_refresh < 0)
         current = jax.lax.cond(
@@ -86,7 +88,7 @@ def prepare(
         current = jax.lax.cond(
             due, lambda: renewed(config, plan, matrices, state, moments, initial), lambda: current
         )
-    subspaces, moments, refreshed = current
+    subspaces, moments, overlap, refreshed = current
     projectors = projectors_of(plan, *subspaces[:2])
     oriented = {path: plan.leaves[path].matrix.orient(g) for path, g in matrices.items()}
     low = {path: project(projectors[path], g) for path, g in oriented.items()}
@@ -94,7 +96,8 @@ def prepare(
     whole = total(energy[path] for path in matrices)
     share = (captured / jnp.where(whole > 0, whole, 1)).astype(jnp.float32)
     others = {path: wide[path] for path in plan.others}
-    return Prepared(low, others, subspaces, moments, refreshed, usable, share), oriented
+    prepared = Prepared(low, others, subspaces, moments, refreshed, usable, share, overlap)
+    return prepared, oriented
 
 
 def prepare_low(
@@ -111,7 +114,8 @@ def prepare_low(
     moments = load_moments(state.projected, config.inner.init(low))
     old = (state.q, state.r, state.singular_values)
     no = jnp.zeros((), bool)
-    return Prepared(low, others, old, moments, no, usable, state.captured_energy)
+    shares = (state.captured_energy, state.subspace_overlap)
+    return Prepared(low, others, old, moments, no, usable, *shares)
 
 
 def complete(
@@ -175,15 +179,18 @@ def complete(
             whole = jnp.where(usable, scale * whole, 0)
         updates[path] = leaf.view.leaf(leaf.view.orient(whole)).astype(target.dtype)
 
-    subspaces, refreshed = prepared.subspaces, prepared.refreshed
+    subspaces, overlap = prepared.subspaces, prepared.overlap
+    refreshed = prepared.refreshed
     if new is not None:
         refreshed = new.refreshed & usable
 
-        def cross() -> tuple[Any, Any]:
-            low, overlaps = prepared.low, new.overlaps
-            return new.subspaces, carried(config, state.count, projected, low, overlaps)
+        def cross() -> tuple[Any, Any, Any]:
+            moments = carried(config, state.count, projected, prepared.low, new.overlaps)
+            return new.subspaces, moments, new.overlap
 
-        subspaces, projected = jax.lax.cond(refreshed, cross, lambda: (subspaces, projected))
+        subspaces, projected, overlap = jax.lax.cond(
+            refreshed, cross, lambda: (subspaces, projected, overlap)
+        )
 
     dtype = config.stored_moment_dtype()
     key = step_key(state.ascent.seed, state.count, ROUNDING)
@@ -192,6 +199,7 @@ def complete(
         others=store_moments(others, dtype, jax.random.fold_in(key, 1)),
         residual_norms=norms if keeps_norm(config.residual) else {},
         captured_energy=prepared.captured_energy,
+        subspace_overlap=overlap,
     )
     empty: dict[str, Any] = {"q": (), "r": (), "singular_values": ()}
     kept = jax.tree.map(

@@ -11,6 +11,7 @@ import optax
 
 from lorenza_optax._arguments import low_rank_config
 from lorenza_optax._config import LowRankConfig
+from lorenza_optax._find import find_states
 from lorenza_optax._gradient import (
     SKETCH,
     SubspaceGradients,
@@ -27,7 +28,6 @@ from lorenza_optax._in_update import (
 from lorenza_optax._inner import load_moments, store_moments
 from lorenza_optax._landscape import Displacement, landscape
 from lorenza_optax._mesh import in_auto_mode
-from lorenza_optax._perturbed import find_states
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._refresh import is_due
 from lorenza_optax._renewal import carried
@@ -147,7 +147,7 @@ def subspace_value_and_grad(
     def value_and_grad(
         params: Any, *args: Any, opt_state: Any, **kwargs: Any
     ) -> tuple[Any, SubspaceGradients, Any]:
-        states = find_states(opt_state)
+        states = list(find_states(opt_state).values())
         if len(states) != 1 or not isinstance(states[0], LowRankState):
             raise ValueError(
                 "subspace_value_and_grad needs an opt_state with exactly one state of lorenza,"
@@ -227,16 +227,15 @@ def _with_sketches(
     new, share = sketched_subspaces(config, plan, low, sketches, state)
     moments = load_moments(state.projected, config.inner.init(low))
     moved = carried(config, state.count, moments, low, new.overlaps)
-    return _installed(config, state, new.subspaces, moved, new.refreshed, share)
+    return _installed(config, state, new.subspaces, moved, new.refreshed, share, new.overlap)
 
 
 def _with_gradient(
     config: LowRankConfig, plan: ProjectionPlan, gradient: Any, state: LowRankState
 ) -> LowRankState:
     found, _ = prepare(config, plan, gradient, state)
-    return _installed(
-        config, state, found.subspaces, found.projected, found.refreshed, found.captured_energy
-    )
+    shares = (found.captured_energy, found.overlap)
+    return _installed(config, state, found.subspaces, found.projected, found.refreshed, *shares)
 
 
 def _installed(
@@ -246,6 +245,7 @@ def _installed(
     moments: Any,
     refreshed: jax.Array,
     share: jax.Array,
+    overlap: jax.Array,
 ) -> LowRankState:
     q, r, values = subspaces
     dtype = config.stored_moment_dtype()
@@ -258,6 +258,7 @@ def _installed(
         projected=stored,
         last_refresh=state.count,
         captured_energy=share,
+        subspace_overlap=overlap,
     )
     return jax.tree.map(lambda n, o: jnp.where(refreshed, n, o).astype(o.dtype), new, state)
 
