@@ -22,6 +22,7 @@ from lorenza_optax._inner import FIRST_MOMENTS, MOMENT_DTYPES, check_sign, first
 from lorenza_optax._matrix_view import PROJ_TYPES
 from lorenza_optax._plan import ProjectionPlan, projection_plan
 from lorenza_optax._residual import RESIDUALS
+from lorenza_optax._selection import Rank, check_rank
 from lorenza_optax._subspace import SUBSPACES
 from lorenza_optax._transport import TRANSPORTS
 
@@ -42,7 +43,7 @@ class LowRankConfig:
       residual: What happens outside the subspace, a name in ``RESIDUALS``.
     """
 
-    rank: int
+    rank: Rank
     update_proj_gap: int
     inner: optax.GradientTransformationExtraArgs
     ascent: AscentConfig
@@ -63,7 +64,7 @@ class LowRankConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_int("rank", self.rank, 1)
+        check_rank(self.rank)
         check_int("update_proj_gap", self.update_proj_gap, 1)
         check_int("seed", self.seed, 0)
         check_choice("subspace", self.subspace, tuple(SUBSPACES))
@@ -112,16 +113,15 @@ class LowRankConfig:
         """Whether refreshes inside ``update`` are from sketches."""
         return self.refresh == "sketch" and not self.needs_full_gradient
 
-    @property
-    def partner_rank(self) -> int:
-        """Rows of the factor K that does not project; 0 where nothing needs it.
+    def partner_rank(self, rank: int) -> int:
+        """Rows of the factor K, which does not project, of a leaf; 0 where nothing needs it.
 
         Probes along Q diag(u) R need it, and a refresh from sketches is started from it, or
         else from the first moment.
         """
         if self.ascent.needs_partners:
-            return min(self.rank, self.ascent.probe_rank or self.rank)
-        return self.rank if self.sketches and not self.has_first_moment else 0
+            return min(rank, self.ascent.probe_rank or rank)
+        return rank if self.sketches and not self.has_first_moment else 0
 
     @property
     def has_first_moment(self) -> bool:

@@ -206,7 +206,7 @@ def sketched_subspaces(
     config: LowRankConfig, plan: ProjectionPlan, low: Any, sketches: Any, state: LowRankState
 ) -> tuple[NewSubspaces, jax.Array]:
     """New subspaces from sketches, and the share of the gradient that the old ones held."""
-    found, energy = factors_from(low, sketches, plan.groups, config.rank)
+    found, energy = factors_from(low, sketches, plan.groups)
     new = install(config, plan, state, found)
     held = total(jnp.sum(g * g) for g in low.values())
     share = jnp.minimum(held / jnp.where(energy > 0, energy, 1), 1)

@@ -10,12 +10,13 @@ import optax
 
 from lorenza_optax._arguments import scale_by, with_decay
 from lorenza_optax._checks import check_not_injected
+from lorenza_optax._selection import Rank
 
 __all__ = ["lorenza", "scale_by_lorenza"]
 
 
 def scale_by_lorenza(
-    rank: int = 128,
+    rank: Rank = 128,
     update_proj_gap: int = 200,
     *,
     rho: optax.ScalarOrSchedule = 0.05,
@@ -113,7 +114,7 @@ def scale_by_lorenza(
 
 def lorenza(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 128,
+    rank: Rank = 128,
     update_proj_gap: int = 200,
     *,
     rho: optax.ScalarOrSchedule = 0.05,
@@ -182,7 +183,9 @@ def lorenza(
 
     Args:
       learning_rate: Step size γ, a float or a schedule.
-      rank: Rank r of the subspaces; leaves with min(m, n) <= r are not projected.
+      rank: Rank r of the subspaces; leaves with min(m, n) <= r are not projected. A tree of
+        ranks (or a prefix of one), or a function from a leaf's path and shape to its rank, gives
+        each leaf its own; 0 is for leaves that run in full.
       update_proj_gap: Interval T between refreshes, in updates.
       rho: Radius ρ of the perturbation, its Frobenius norm over all projected leaves, in units
         of the parameters; a schedule may give it. 0 turns the ascent off.

@@ -10,13 +10,14 @@ import optax
 
 from lorenza_optax._arguments import scale_by, with_decay
 from lorenza_optax._checks import check_choice, check_not_injected
+from lorenza_optax._selection import Rank
 
 __all__ = ["lorenza_plus"]
 
 
 def lorenza_plus(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 128,
+    rank: Rank = 128,
     update_proj_gap: int = 200,
     *,
     add_back: str = "fira",

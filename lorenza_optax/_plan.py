@@ -5,29 +5,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import optax
 
-from lorenza_optax._checks import check_choice, check_int
+from lorenza_optax._checks import check_choice
 from lorenza_optax._matrix_view import (
     PROJ_TYPES,
     MatrixView,
-    WeightDimensionNumbers,
-    is_dimension_numbers,
     matrix_view,
 )
-from lorenza_optax._paths import has_masked_nodes, leaves_by_path
+from lorenza_optax._paths import leaves_by_path
+from lorenza_optax._selection import (
+    DimensionNumbers,
+    Rank,
+    check_rank,
+    default_choice,
+    dimension_numbers_by_path,
+    ranks_by_path,
+)
 
 __all__ = ["LeafPlan", "ProjectionPlan", "projection_plan"]
-
-# Last path keys of leaves that are not the matrix of a linear map, whatever their shape:
-# an embedding is a table of rows, and scanned layers stack scales and biases to two dimensions.
-NOT_PROJECTED = ("embedding", "scale", "bias")
-
-DimensionNumbers = Any | Callable[[Any], Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +73,11 @@ class ProjectionPlan:
 
     @property
     def groups(self) -> list[tuple[str, ...]]:
-        """Projected leaves whose matrices have one shape, side and dtype, to be taken together."""
+        """Projected leaves of one shape, side, rank and dtype, to be taken together."""
         groups: dict[Any, list[str]] = {}
         for path, leaf in self.projected.items():
             view = leaf.matrix
-            key = (view.m, view.n, view.compressed, leaf.compute_dtype)
+            key = (view.m, view.n, view.compressed, leaf.rank, leaf.compute_dtype)
             groups.setdefault(key, []).append(path)
         return [tuple(paths) for paths in groups.values()]
 
@@ -151,7 +150,7 @@ def _format_table(rows: Iterable[tuple[str, ...]]) -> str:
 
 def projection_plan(
     params: Any,
-    rank: int = 128,
+    rank: Rank = 128,
     *,
     proj_type: str = "std",
     weight_dimension_numbers: DimensionNumbers = None,
@@ -163,7 +162,8 @@ def projection_plan(
 
     Args:
       params: The parameters, or their ``jax.eval_shape``: only shapes and dtypes are read.
-      rank: The rank r.
+      rank: The rank r; a tree of ranks (or a prefix of one), in which leaves that are not there
+        or have 0 run in full; or a function from a leaf's path and shape to its rank.
       proj_type: Which side is compressed: "std" the shorter one, "reverse_std" the longer
         one, "left" the m rows, "right" the n columns.
       weight_dimension_numbers: What to project instead of the default: a
@@ -190,15 +190,16 @@ def projection_plan(
       kernel  (64, 96)  (64, 96)     left     8  2,816  12,288
       total                                      3,008  12,480  0.24 of Adam's
     """
-    check_int("rank", rank, 1)
+    check_rank(rank)
     check_choice("proj_type", proj_type, PROJ_TYPES)
     arrays = leaves_by_path(params)
     numbers = dimension_numbers_by_path(weight_dimension_numbers, params, arrays)
+    ranks = ranks_by_path(rank, params, arrays)
     leaves = {}
     for path, array in arrays.items():
         shape, dtype = _shape_and_dtype(path, array)
         if numbers is None:
-            chosen, reason = _default_choice(path, shape)
+            chosen, reason = default_choice(path, shape)
         else:
             chosen, reason = numbers[path], "not selected"
         view = None
@@ -210,10 +211,11 @@ def projection_plan(
                     f"weight_dimension_numbers of leaf {path!r} do not fit its shape {shape}:"
                     f" {chosen} ({error})."
                 ) from None
-            reason = ""
-            if min(view.m, view.n) <= rank:
-                view, reason = None, f"min(m, n) = {min(view.m, view.n)} <= rank = {rank}"
-        leaves[path] = LeafPlan(path, shape, dtype, view, rank if view else 0, reason)
+            reason, own = "", ranks[path]
+            if own == 0 or min(view.m, view.n) <= own:
+                reason = f"min(m, n) = {min(view.m, view.n)} <= rank = {own}" if own else "rank 0"
+                view = None
+        leaves[path] = LeafPlan(path, shape, dtype, view, ranks[path] if view else 0, reason)
     return ProjectionPlan(leaves)
 
 
@@ -226,54 +228,3 @@ def _shape_and_dtype(path: str, array: Any) -> tuple[tuple[int, ...], jnp.dtype]
             " must be real floats. Keep it out with optax.masked or optax.partition."
         )
     return tuple(array.shape), jnp.dtype(array.dtype)
-
-
-def _default_choice(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
-    name = path.rsplit("/", 1)[-1]
-    if name in NOT_PROJECTED:
-        return None, f"named {name!r}" if len(shape) > 1 else "not a matrix"
-    if len(shape) > 2:
-        return None, "no dimension numbers"
-    if len(shape) < 2:
-        return None, "not a matrix"
-    return WeightDimensionNumbers(), ""
-
-
-def dimension_numbers_by_path(
-    spec: DimensionNumbers, params: Any, arrays: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Dimension numbers or None for each path; None where the default rule decides."""
-    if callable(spec) and not is_dimension_numbers(spec):
-        spec = spec(params)
-    if spec is None:
-        return None
-    if is_dimension_numbers(spec):
-        return {
-            path: spec if getattr(array, "ndim", 0) >= 2 else None for path, array in arrays.items()
-        }
-    is_leaf = lambda node: (  # noqa: E731
-        node is None or is_dimension_numbers(node) or isinstance(node, optax.MaskedNode)
-    )
-    given = leaves_by_path(spec, is_leaf=is_leaf)
-    for path, value in given.items():
-        if not is_leaf(value):
-            raise TypeError(
-                "weight_dimension_numbers must hold WeightDimensionNumbers or None, got"
-                f" {type(value).__name__} at {path!r}."
-            )
-    chosen: dict[str, Any] = dict.fromkeys(arrays)
-    for prefix, value in given.items():
-        # As for the whole tree, biases and the like below a prefix are left out.
-        below = [
-            p
-            for p, array in arrays.items()
-            if p == prefix or (p.startswith(prefix + "/") and getattr(array, "ndim", 0) >= 2)
-        ]
-        if is_dimension_numbers(value):
-            if not below and not has_masked_nodes(params):
-                raise ValueError(
-                    f"weight_dimension_numbers names {prefix!r}, but no leaf lies there."
-                    f" Leaves: {', '.join(arrays)}."
-                )
-            chosen.update(dict.fromkeys(below, value))
-    return chosen

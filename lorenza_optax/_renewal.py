@@ -50,8 +50,8 @@ def renewed(
     key = step_key(state.ascent.seed, state.count, SKETCH)
     found = []
     for paths in plan.groups:
-        q, s, r = SUBSPACES[config.subspace]([matrices[path] for path in paths], config.rank, key)
-        view = plan.leaves[paths[0]].matrix
+        view, rank = plan.leaves[paths[0]].matrix, plan.leaves[paths[0]].rank
+        q, s, r = SUBSPACES[config.subspace]([matrices[path] for path in paths], rank, key)
         found.append(Factors(paths, view.projector(q, r), view.partner(q, r), s))
     new = install(config, plan, state, found)
     moved = transport(config.moment_transport, moments, initial, new.overlaps, config.decays)

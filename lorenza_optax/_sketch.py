@@ -68,7 +68,7 @@ def sketch_rows(rows: Arrays, projectors: Arrays, key: jax.Array) -> dict[str, j
 
 
 def factors_from(
-    low: Arrays, sketches: Arrays, groups: Sequence[tuple[str, ...]], rank: int
+    low: Arrays, sketches: Arrays, groups: Sequence[tuple[str, ...]]
 ) -> tuple[list[Factors], jax.Array]:
     """New factors from ĝ ([b,] r, l) and Y ([b,] k, r + p), for each group of like leaves.
 
@@ -78,6 +78,7 @@ def factors_from(
     found, energies = [], []
     for paths in groups:
         y, g = (stacked([tree[path] for path in paths]) for tree in (sketches, low))
+        rank = g.shape[-2]
         left, _ = leading_left(y, rank)
         right, values = leading_left(g.mT, rank)
         found.append(Factors(paths, left, right.mT, values))

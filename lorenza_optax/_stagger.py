@@ -97,9 +97,10 @@ def _refresh_one(
         index, [lambda place=p: (pick(matrices, place), pick(q, place), pick(r, place))
                 for p in layers]
     )  # fmt: skip
-    stack = SUBSPACES[config.subspace]([matrix], config.rank, key)
+    leaf = plan.leaves[layers[0][0]]
+    stack = SUBSPACES[config.subspace]([matrix], leaf.rank, key)
     new_q, new_s, new_r = (factor[0] for factor in stack)
-    view = plan.leaves[layers[0][0]].matrix
+    view = leaf.matrix
     projector, old = view.projector(new_q, new_r), view.projector(old_q, old_r)
     overlap = project(projector, old.astype(projector.dtype))
     projector, partner, _ = align_signs(projector, view.partner(new_q, new_r), overlap)

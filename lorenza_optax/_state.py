@@ -132,11 +132,12 @@ def _initial_subspaces(
         view, dtype = leaf.matrix, config.factor_dtype or leaf.dtype
         rows = (*view.batch, view.compressed_size, leaf.rank)
         projector = random[path] if path in random else jnp.zeros(rows)
-        partner = jnp.zeros((*view.batch, config.partner_rank, view.free))
+        partner_rank = config.partner_rank(leaf.rank)
+        partner = jnp.zeros((*view.batch, partner_rank, view.free))
         left, right = view.product(projector.astype(dtype), partner.astype(dtype))
-        if config.partner_rank or view.compressed == "left":
+        if partner_rank or view.compressed == "left":
             q[path] = left
-        if config.partner_rank or view.compressed == "right":
+        if partner_rank or view.compressed == "right":
             r[path] = right
         if config.ascent.scale_probes and config.ascent.needs_partners:
             values[path] = jnp.zeros((*view.batch, leaf.rank), jnp.float32)

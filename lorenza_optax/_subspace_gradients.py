@@ -31,6 +31,7 @@ from lorenza_optax._mesh import in_auto_mode
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._refresh import is_due
 from lorenza_optax._renewal import carried
+from lorenza_optax._selection import Rank
 from lorenza_optax._sketch import WARM_UP, sketch_rows
 from lorenza_optax._state import LowRankState, check_same_tree
 from lorenza_optax._step import prepare
@@ -42,7 +43,7 @@ __all__ = ["subspace_value_and_grad"]
 def subspace_value_and_grad(
     value_fn: Callable[..., Any],
     *,
-    rank: int = 128,
+    rank: Rank = 128,
     update_proj_gap: int = 200,
     rho: optax.ScalarOrSchedule = 0.05,
     mu: optax.ScalarOrSchedule = 1e-3,

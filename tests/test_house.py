@@ -21,6 +21,7 @@ LAYERS = [
     "_matrix_view",
     "_paths",
     "_calls",
+    "_selection",
     "_plan",
     "_factored",
     "_factored_shapes",
