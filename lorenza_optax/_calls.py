@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Container
 from typing import Any
 
 import jax.numpy as jnp
 
 from lorenza_optax._paths import has_masked_nodes
 
-__all__ = ["check_call", "check_scalar"]
+__all__ = ["check_call", "check_scalar", "wrapper_around"]
 
 INSTEAD = (
     "take the gradient outside with lorenza_optax.perturbed_value_and_grad(value_fn, ...)"
@@ -17,7 +18,7 @@ INSTEAD = (
 )
 
 # Wrappers that hand on gradients or counts of their own, and not those of this call.
-_WRAPPERS = ("MultiSteps.", "apply_if_finite.")
+_WRAPPERS = ("MultiSteps", "apply_if_finite", "mechanize")
 
 
 def check_call(updates: Any, params: Any, value_fn: Any) -> None:
@@ -36,26 +37,30 @@ def check_call(updates: Any, params: Any, value_fn: Any) -> None:
 def _refuse_in_wrappers(params: Any) -> None:
     """Raises inside a wrapper that does not hand on all that the gradient depends on.
 
-    ``masked`` and ``partition`` show a part of the parameters only; ``MultiSteps`` and
-    ``apply_if_finite`` act on gradients that are ignored here. The former are seen in the
-    parameters, the latter only on the call stack, while the update is traced.
+    ``masked`` and ``partition`` show a part of the parameters only; ``MultiSteps``,
+    ``apply_if_finite`` and ``mechanize`` act on gradients that are ignored here. The former are
+    seen in the parameters, the latter only on the call stack, while the update is traced.
     """
     if has_masked_nodes(params):
         wrapper = "optax.masked or optax.partition"
     else:
-        frame, wrapper = sys._getframe(1), ""
-        while frame is not None and not wrapper:
-            name = frame.f_code.co_qualname
-            if frame.f_globals.get("__name__", "").startswith("optax.") and name.startswith(
-                _WRAPPERS
-            ):
-                wrapper = "optax." + name.split(".")[0]
-            frame = frame.f_back
+        wrapper = wrapper_around(_WRAPPERS)
     if wrapper:
         raise ValueError(
             f"update(..., value_fn=...) does not work inside {wrapper}, which does not hand on"
             f" all that the gradient depends on. Instead, {INSTEAD}."
         )
+
+
+def wrapper_around(names: Container[str]) -> str:
+    """Which of these functions of Optax is on the call stack, "" for none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        function = frame.f_code.co_qualname.split(".")[0]
+        if frame.f_globals.get("__name__", "").startswith("optax.") and function in names:
+            return f"optax.{function}"
+        frame = frame.f_back
+    return ""
 
 
 def check_scalar(value: Any, has_aux: bool) -> None:

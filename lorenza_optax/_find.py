@@ -5,11 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import optax
+import optax.contrib
 
 from lorenza_optax._state import LowRankState
 from lorenza_optax._zo_sam import ZoSamState
 
-__all__ = ["find_states", "unboxed"]
+__all__ = ["find_states", "refuse_wrapped", "unboxed"]
+
+# Their updates are made of gradients like the parameters.
+_WRAPPED = (
+    optax.MultiStepsState,
+    optax.ApplyIfFiniteState,
+    optax.MaskedState,
+    optax.transforms.PartitionState,
+    optax.contrib.MechanicState,
+)
 
 
 def find_states(opt_state: Any) -> dict[str, Any]:
@@ -28,6 +39,19 @@ def find_states(opt_state: Any) -> dict[str, Any]:
             " go to, such as TrainState.opt_state."
         )
     return states
+
+
+def refuse_wrapped(opt_state: Any) -> None:
+    """Raises if a low-rank state sits in a wrapper that low-rank gradients do not get through."""
+    is_wrapped = lambda node: isinstance(node, _WRAPPED)  # noqa: E731
+    is_ours = lambda node: isinstance(node, LowRankState)  # noqa: E731
+    for node in filter(is_wrapped, jax.tree.leaves(opt_state, is_leaf=is_wrapped)):
+        if any(map(is_ours, jax.tree.leaves(node, is_leaf=is_ours))):
+            raise ValueError(
+                "Low-rank gradients do not get through the wrapper whose state is a"
+                f" {type(node).__name__}: it expects gradients like the parameters. Use"
+                " lorenza_optax.perturbed_value_and_grad instead, or take the wrapper away."
+            )
 
 
 def unboxed(state: Any) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lorenza_optax._ascent import AscentConfig, normalized
+from lorenza_optax._calls import wrapper_around
 from lorenza_optax._checks import check_number, check_transformation, value_at
 from lorenza_optax._find import unboxed
 from lorenza_optax._inner import FIRST_MOMENTS, first_moment
@@ -128,6 +129,12 @@ def momentum_sam(
             raise ValueError(
                 "momentum_sam takes its gradients at the parameters that it is given, and no"
                 " value_fn: leave it out, or use lorenza(..., ascent='momentum')."
+            )
+        if wrapper := wrapper_around(("schedule_free", "mechanize")):
+            raise ValueError(
+                f"momentum_sam does not work inside {wrapper}, which changes the updates that lead"
+                " from one perturbed point to the next. Put it outside:"
+                f" momentum_sam({wrapper}(...))."
             )
         held = _move(state.base_optimizer_state, params, state.rho, **shapes)
         point = _moved(params, held, -1)

@@ -11,7 +11,7 @@ import optax
 
 from lorenza_optax._arguments import low_rank_config
 from lorenza_optax._config import LowRankConfig
-from lorenza_optax._find import find_states
+from lorenza_optax._find import find_states, refuse_wrapped
 from lorenza_optax._gradient import (
     SKETCH,
     SubspaceGradients,
@@ -148,6 +148,7 @@ def subspace_value_and_grad(
     def value_and_grad(
         params: Any, *args: Any, opt_state: Any, **kwargs: Any
     ) -> tuple[Any, SubspaceGradients, Any]:
+        refuse_wrapped(opt_state)
         states = list(find_states(opt_state).values())
         if len(states) != 1 or not isinstance(states[0], LowRankState):
             raise ValueError(
