@@ -14,6 +14,7 @@ from lorenza_optax._momentum_sam import (
 )
 from lorenza_optax._perturbed import perturbed_value_and_grad
 from lorenza_optax._plan import ProjectionPlan, projection_plan
+from lorenza_optax._shardings import state_shardings
 from lorenza_optax._state import LowRankState
 from lorenza_optax._subspace_gradients import subspace_value_and_grad
 from lorenza_optax._update import LowRankUpdate, apply_updates
@@ -39,6 +40,7 @@ __all__ = [
     "projection_plan",
     "randomized_svd",
     "scale_by_lorenza",
+    "state_shardings",
     "subspace_value_and_grad",
     "zo_sam_perturbation",
 ]

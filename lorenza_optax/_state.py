@@ -17,6 +17,7 @@ from lorenza_optax._gradient import (
     step_key,
 )
 from lorenza_optax._inner import check_inner, store_moments
+from lorenza_optax._mesh import mesh_axes, placed
 from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._residual import keeps_norm
@@ -70,11 +71,16 @@ class LowRankState(NamedTuple):
 
 
 def examples(plan: ProjectionPlan, leaves: Arrays) -> tuple[Arrays, Arrays]:
-    """Zeros like what the inner optimizer sees: low-rank gradients, and the other leaves'."""
-    low = {
-        path: jnp.zeros(leaf.low_rank_shape, leaf.compute_dtype)
-        for path, leaf in plan.projected.items()
-    }
+    """Zeros like what the inner optimizer sees: low-rank gradients, and the other leaves'.
+
+    On a mesh with Explicit axes they are sharded as the leaves are, the rank axis never.
+    """
+    low = {}
+    for path, leaf in plan.projected.items():
+        batch, rows, columns = leaf.matrix.mesh_axes(mesh_axes(leaves[path]))
+        axes = (*batch, None, columns if leaf.matrix.compressed == "left" else rows)
+        zeros = jnp.zeros(leaf.low_rank_shape, leaf.compute_dtype)
+        low[path] = placed(zeros, axes, leaves[path])
     others = {
         path: jnp.zeros_like(leaves[path], leaf.compute_dtype) for path, leaf in plan.others.items()
     }
@@ -88,14 +94,14 @@ def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankStat
     plan = config.plan(params)
     if not config.in_full_space:
         plan.warn()
-    low, others = examples(plan, leaves_by_path(params))
+    leaves = leaves_by_path(params)
+    low, others = examples(plan, leaves)
     for example in filter(None, (low, others)):
         check_inner(config.inner, example)
     projected = config.inner.init(low)
     if config.moment_transport == "rotate":
         check_rotatable(config.inner, projected, jax.tree.map(jnp.shape, low))
-    q, r, values = _initial_subspaces(config, plan)
-    norms = {path: jnp.zeros(leaf.matrix.batch) for path, leaf in plan.projected.items()}
+    q, r, values, norms = _sharded_like(leaves, plan, *_initial_subspaces(config, plan))
     kind = FullSpaceAscentState if config.in_full_space else SubspaceAscentState
     dtype = config.stored_moment_dtype()
     return LowRankState(
@@ -115,11 +121,24 @@ def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankStat
     )
 
 
+def _sharded_like(leaves: Arrays, plan: ProjectionPlan, *trees: Arrays) -> list[Arrays]:
+    """(q, r, singular_values, residual_norms) sharded as the leaves are."""
+    found: list[Arrays] = [{} for _ in trees]
+    for path, leaf in plan.projected.items():
+        batch, rows, columns = leaf.matrix.mesh_axes(mesh_axes(leaves[path]))
+        for kept, tree, own in zip(
+            found, trees, ((rows, None), (None, columns), (None,), ()), strict=True
+        ):
+            if path in tree:
+                kept[path] = placed(tree[path], (*batch, *own), leaves[path])
+    return found
+
+
 def _initial_subspaces(
     config: LowRankConfig, plan: ProjectionPlan
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
-    """(q, r, singular_values): zero, but for projectors that sketches are to be taken through."""
-    q, r, values = {}, {}, {}
+) -> tuple[Arrays, Arrays, Arrays, Arrays]:
+    """(q, r, singular_values, residual_norms): zero, but for projectors that sketches are to be taken through."""
+    q, r, values, norms = {}, {}, {}, {}
     random: dict[str, jax.Array] = {}
     if config.sketches and plan.projected:
         shapes = {
@@ -140,7 +159,8 @@ def _initial_subspaces(
             r[path] = right
         if config.ascent.scale_probes and config.ascent.needs_partners:
             values[path] = jnp.zeros((*view.batch, leaf.rank), jnp.float32)
-    return q, r, values
+        norms[path] = jnp.zeros(view.batch)
+    return q, r, values, norms
 
 
 def check_same_tree(config: LowRankConfig, plan: ProjectionPlan, state: LowRankState) -> None:

@@ -53,6 +53,7 @@ LAYERS = [
     "_find",
     "_perturbed",
     "_diagnostics",
+    "_shardings",
     "_momentum_sam",
     "_subspace_gradients",
     "__init__",
