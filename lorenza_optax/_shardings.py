@@ -92,8 +92,9 @@ def _mesh_and_specs(leaves: dict[str, Any], given: Any) -> tuple[Any, dict[str, 
         if not isinstance(sharding, NamedSharding):
             found = "nothing" if sharding is None else f"a {type(sharding).__name__}"
             raise ValueError(
-                f"state_shardings needs a NamedSharding for each parameter, and found {found} for"
-                f" {path!r}. Pass param_shardings, a tree like params, or params that lie on a mesh."
+                f"state_shardings needs a NamedSharding for each parameter, and found {found}"
+                f" for {path!r}. Pass param_shardings, a tree like params, or params that lie on a"
+                " mesh."
             )
         meshes.setdefault(sharding.mesh, path)
     if len(meshes) != 1:

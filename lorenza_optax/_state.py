@@ -24,7 +24,7 @@ from lorenza_optax._residual import keeps_norm
 from lorenza_optax._sketch import random_projectors
 from lorenza_optax._transport import check_rotatable
 
-__all__ = ["LowRankState", "check_same_tree", "examples", "initial_state"]
+__all__ = ["LowRankState", "check_same_tree", "examples", "initial_state", "low_rank_like"]
 
 Arrays = dict[str, jax.Array]
 
@@ -75,16 +75,24 @@ def examples(plan: ProjectionPlan, leaves: Arrays) -> tuple[Arrays, Arrays]:
 
     On a mesh with Explicit axes they are sharded as the leaves are, the rank axis never.
     """
-    low = {}
-    for path, leaf in plan.projected.items():
-        batch, rows, columns = leaf.matrix.mesh_axes(mesh_axes(leaves[path]))
-        axes = (*batch, None, columns if leaf.matrix.compressed == "left" else rows)
-        zeros = jnp.zeros(leaf.low_rank_shape, leaf.compute_dtype)
-        low[path] = placed(zeros, axes, leaves[path])
+    low = {
+        path: jnp.zeros(leaf.low_rank_shape, leaf.compute_dtype)
+        for path, leaf in plan.projected.items()
+    }
     others = {
         path: jnp.zeros_like(leaves[path], leaf.compute_dtype) for path, leaf in plan.others.items()
     }
-    return low, others
+    return low_rank_like(leaves, plan, low), others
+
+
+def low_rank_like(leaves: Arrays, plan: ProjectionPlan, low: Arrays) -> Arrays:
+    """Low-rank gradients or moments ([b,] r, l), sharded as the leaves are."""
+    found = {}
+    for path, leaf in plan.projected.items():
+        batch, rows, columns = leaf.matrix.mesh_axes(mesh_axes(leaves[path]))
+        free = columns if leaf.matrix.compressed == "left" else rows
+        found[path] = placed(low[path], (*batch, None, free), leaves[path])
+    return found
 
 
 def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankState:
@@ -137,7 +145,10 @@ def _sharded_like(leaves: Arrays, plan: ProjectionPlan, *trees: Arrays) -> list[
 def _initial_subspaces(
     config: LowRankConfig, plan: ProjectionPlan
 ) -> tuple[Arrays, Arrays, Arrays, Arrays]:
-    """(q, r, singular_values, residual_norms): zero, but for projectors that sketches are to be taken through."""
+    """(q, r, singular_values, residual_norms).
+
+    They are zero, but for projectors that sketches are to be taken through.
+    """
     q, r, values, norms = {}, {}, {}, {}
     random: dict[str, jax.Array] = {}
     if config.sketches and plan.projected:

@@ -8,7 +8,6 @@ from collections import Counter
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -17,29 +16,23 @@ from jax.sharding import PartitionSpec as P
 import lorenza_optax
 from lorenza_optax import WeightDimensionNumbers
 
-SHAPES = {"in": (16, 24), "out": (24, 16), "layers": (2, 16, 20), "back": (20, 16), "bias": (16,)}
+SHAPES = {"in": (16, 24), "out": (24, 16), "layers": (2, 16, 16), "bias": (16,)}
 NUMBERS = {
     "in": WeightDimensionNumbers(),
     "out": WeightDimensionNumbers(),
     "layers": WeightDimensionNumbers(1, 2),
-    "back": None,
     "bias": None,
 }
 # name -> (specs of the parameters, of the batch); the mesh is 4 "data" x 2 "model".
 LAYOUTS = {
     "data-parallel": ({}, P(("data", "model"))),
-    "fsdp": (
-        {"in": P("data"), "out": P(None, "data"), "layers": P(None, "data"), "back": P("data")},
-        P("data"),
-    ),
+    "fsdp": ({"in": P("data"), "out": P(None, "data"), "layers": P(None, "data")}, P("data")),
     "tensor-parallel": (
-        {"in": P(None, "model"), "out": P("model"), "layers": P(None, None, "model"),
-         "back": P("model")},
-        P(),
+        {"in": P(None, "model"), "out": P("model"), "layers": P(None, None, "model")}, P()
     ),
     "both": (
         {"in": P("data", "model"), "out": P("model", "data"), "layers": P(None, "data", "model"),
-         "back": P("model", "data"), "bias": P("data")},
+         "bias": P("data")},
         P("data"),
     ),
 }  # fmt: skip
@@ -49,9 +42,13 @@ each_kind = pytest.mark.parametrize(
 )
 
 
+def _is_explicit():
+    return bool(jax.sharding.get_abstract_mesh().explicit_axes)
+
+
 def _product(x, w):
-    """x @ w; on a mesh with Explicit axes as one says it there: the weight whole but for "model"."""
-    if not jax.sharding.get_abstract_mesh().explicit_axes:
+    """x @ w; with Explicit axes as one says it there: of the weight "model" alone stays sharded."""
+    if not _is_explicit():
         return x @ w
     rows, columns = ("model" if axis == "model" else None for axis in jax.typeof(w).sharding.spec)
     w = jax.sharding.reshard(w, P(rows, columns))
@@ -61,15 +58,14 @@ def _product(x, w):
 
 def loss(params, x, y):
     """Products, a scan over stacked layers, and a leaf that is not projected."""
+    replicate = jax.sharding.reshard if _is_explicit() else lambda array, spec: array
+    batch = jax.typeof(x).sharding.spec[0]
+
+    def layer(h, w):
+        return h + 0.3 * replicate(jnp.tanh(_product(h, w)), P(batch, None)), None
+
     h = _product(jnp.tanh(_product(x, params["in"])), params["out"])
-    bias = params["bias"]
-    if jax.sharding.get_abstract_mesh().explicit_axes:
-        bias = jax.sharding.reshard(bias, P())
-    h, _ = jax.lax.scan(
-        lambda h, layer: (h + 0.3 * _product(jnp.tanh(_product(h, layer)), params["back"]), None),
-        h + bias,
-        params["layers"],
-    )
+    h, _ = jax.lax.scan(layer, h + replicate(params["bias"], P()), params["layers"])
     return jnp.mean((h - y) ** 2)
 
 
@@ -91,22 +87,19 @@ def _optimizer(**kwargs):
     return lorenza_optax.lorenza(1e-2, **SHARED, **kwargs)
 
 
-def _train_step(tx, variant, loss=loss, **kwargs):
-    """variant: how the gradient is asked for."""
-    outside = lorenza_optax.perturbed_value_and_grad(
-        loss, weight_dimension_numbers=NUMBERS, ascent=kwargs.get("ascent", "zo")
-    )
-    low_rank = lorenza_optax.subspace_value_and_grad(loss, **SHARED, **kwargs)
+def _train_step(tx, way, loss=loss, **kwargs):
+    """way: how the gradient is asked for."""
+    if way == "perturbed":
+        outside = lorenza_optax.perturbed_value_and_grad(loss, weight_dimension_numbers=NUMBERS)
+    elif way == "subspace":
+        outside = lorenza_optax.subspace_value_and_grad(loss, **SHARED, **kwargs)
 
     def step(params, state, x, y):
-        if variant == "value_fn":
+        if way == "value_fn":
             updates, state = tx.update(None, state, params, value_fn=loss, x=x, y=y)
-        elif variant == "perturbed":
-            _, gradient = outside(params, x, y, opt_state=state)
-            updates, state = tx.update(gradient, state, params)
         else:
-            _, gradient, state = low_rank(params, x, y, opt_state=state)
-            updates, state = tx.update(gradient, state, params)
+            _, gradient, *new = outside(params, x, y, opt_state=state)
+            updates, state = tx.update(gradient, new[0] if new else state, params)
         return optax.apply_updates(params, updates), state
 
     return step
@@ -149,7 +142,8 @@ def _shardings(mesh, layout):
 @each_kind
 @pytest.mark.parametrize(
     ("layout", "way"),
-    [(layout, "value_fn") for layout in LAYOUTS] + [("both", way) for way in WAYS if way != "value_fn"],
+    [(layout, "value_fn") for layout in LAYOUTS]
+    + [("both", way) for way in WAYS if way != "value_fn"],
 )
 def test_one_devices_numbers_and_stable_shardings(layout, way, kind):
     variant, kwargs = WAYS[way]
@@ -181,3 +175,72 @@ def test_one_devices_numbers_and_stable_shardings(layout, way, kind):
     chex.assert_trees_all_close(jax.device_get(params), expected_params, atol=1e-5, rtol=1e-5)
     scalars = [jax.device_get(lorenza_optax.diagnostics(s)) for s in (state, expected_state)]
     chex.assert_trees_all_close(*scalars, atol=1e-4, rtol=1e-3)
+
+
+WIDE = {"in": (256, 384), "out": (384, 256), "layers": (2, 256, 256), "bias": (256,)}
+LARGE = 20_000  # numbers: more than activations and sketches have, less than a part of a weight
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+
+
+def _large_collectives(tx, step, layout):
+    """What a compiled step moves between devices and is as large as a weight: a Counter."""
+    mesh = _mesh(AxisType.Auto)
+    shardings, of_batch = _shardings(mesh, layout)
+    place = lambda shape, s: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=s)  # noqa: E731
+    params = {name: place(WIDE[name], shardings[name]) for name in WIDE}
+    for_state = lorenza_optax.state_shardings(tx, params)
+    state = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        jax.eval_shape(tx.init, params), for_state,
+    )  # fmt: skip
+    x = place((16, 256), of_batch)
+    given = (params,) if step is _given else (x, x)
+    step = functools.partial(step, tx) if step is _given else step
+    lowered = jax.jit(step, out_shardings=(shardings, for_state)).lower(params, state, *given)
+    found = Counter()
+    for line in lowered.compile().as_text().splitlines():
+        if match := COLLECTIVE.search(line):
+            for shape in re.findall(r"\w+\[([\d,]+)\]", match[1]):
+                if math.prod(map(int, shape.split(","))) >= LARGE:
+                    found[match[2], shape] += 1
+    return found
+
+
+def _given(tx, params, state, gradient):
+    updates, state = tx.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+@functools.cache
+def _of_adamw(layout):
+    tx = optax.adamw(1e-3)
+
+    def step(params, state, x, y):
+        updates, state = tx.update(jax.grad(loss)(params, x, y), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return _large_collectives(tx, step, layout)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "both"])
+def test_a_refresh_from_a_sharded_gradient_gathers_nothing(layout):
+    assert not _large_collectives(_optimizer(), _given, layout)
+    assert not _large_collectives(_optimizer(stagger=True), _given, layout)
+
+
+@pytest.mark.parametrize("layout", ["tensor-parallel", "both"])
+@pytest.mark.parametrize("refresh", ["gradient", "sketch"])
+@pytest.mark.parametrize("way", ["value_fn", "subspace"])
+def test_no_weight_or_gradient_is_gathered_but_by_adamw_too(layout, refresh, way):
+    tx = _optimizer(refresh=refresh, rho=0.0)
+    found = _large_collectives(tx, _train_step(tx, way, refresh=refresh, rho=0.0), layout)
+    usual = _of_adamw(layout)
+    # Each pass gathers the weights that it multiplies with, as AdamW's two do.
+    assert set(found) <= set(usual), found - usual
+    summed = Counter({key: count for key, count in found.items() if key[0] != "all-gather"})
+    # One backward pass in a step sums a whole gradient, or with sketches none does.
+    assert not summed - usual
+    assert refresh == "gradient" or not summed
+    assert bool(usual) == (layout != "tensor-parallel")  # or nothing was looked at
