@@ -1,6 +1,7 @@
 """LORENZA and its family: low-rank, sharpness-aware training as Optax transformations."""
 
 from lorenza_optax._arguments import STRUCTURAL_ARGS
+from lorenza_optax._check_state import check_state
 from lorenza_optax._diagnostics import diagnostics
 from lorenza_optax._gradient import SubspaceGradients
 from lorenza_optax._linalg import randomized_svd
@@ -31,6 +32,7 @@ __all__ = [
     "ZoSamState",
     "adazo_sam",
     "apply_updates",
+    "check_state",
     "diagnostics",
     "lorenza",
     "lorenza_plus",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 
 __all__ = ["in_auto_mode", "mark_varying", "mesh_axes", "placed", "whole"]
 

@@ -56,8 +56,9 @@ def state_shardings(
       >>> tx = lorenza_optax.lorenza(1e-2, rank=4)
       >>> for_state = lorenza_optax.state_shardings(tx, params, shardings)
       >>> state = jax.jit(tx.init, out_shardings=for_state)(params)
-      >>> print(state[0].q["kernel"].sharding.spec, state[0].projected.mu["kernel"].sharding.spec)
-      PartitionSpec('fsdp',) PartitionSpec(None, 'fsdp')
+      >>> q, mu = state[0].q["kernel"], state[0].projected.mu["kernel"]
+      >>> print(q.shape, tuple(q.sharding.spec), mu.shape, tuple(mu.sharding.spec))
+      (16, 4) ('fsdp',) (4, 16) (None, 'fsdp')
     """
     leaves = leaves_by_path(params)
     mesh, specs = _mesh_and_specs(leaves, params if param_shardings is None else param_shardings)

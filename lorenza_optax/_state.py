@@ -18,13 +18,21 @@ from lorenza_optax._gradient import (
 )
 from lorenza_optax._inner import check_inner, store_moments
 from lorenza_optax._mesh import mesh_axes, placed
-from lorenza_optax._paths import leaves_by_path
+from lorenza_optax._paths import leaves_by_path, shape_differences
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._residual import keeps_norm
 from lorenza_optax._sketch import random_projectors
 from lorenza_optax._transport import check_rotatable
 
-__all__ = ["LowRankState", "check_same_tree", "examples", "initial_state", "low_rank_like"]
+__all__ = [
+    "OTHERWISE_MADE",
+    "LowRankState",
+    "check_same_tree",
+    "examples",
+    "initial_state",
+    "low_rank_like",
+    "said",
+]
 
 Arrays = dict[str, jax.Array]
 
@@ -174,18 +182,46 @@ def _initial_subspaces(
     return q, r, values, norms
 
 
+# Fields whose leaves and shapes follow from the parameters and the arguments.
+_SHAPED = ("q", "r", "singular_values", "residual_norms", "projected", "others")
+OTHERWISE_MADE = (
+    "made by init for other parameters or with other arguments, such as rank, proj_type, rho,"
+    " ascent or base_optimizer. Build the optimizer with the arguments that the state was saved"
+    " with, or begin with a new state, tx.init(params)"
+)
+
+
 def check_same_tree(config: LowRankConfig, plan: ProjectionPlan, state: LowRankState) -> None:
-    """Raises where a state was made for other leaves or another rank."""
-    expected = jax.eval_shape(lambda: _initial_subspaces(config, plan))[:2]
-    for name, now, then in zip("qr", expected, (state.q, state.r), strict=True):
-        for path in sorted({*now, *then}):
-            shapes = [tree[path].shape if path in tree else "nothing" for tree in (now, then)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"The state holds {shapes[1]} as factor {name} of leaf {path!r}, where these"
-                    f" parameters and arguments need {shapes[0]}: it was made by init for other"
-                    " parameters or with another rank, proj_type or rho."
-                )
+    """Raises where a state was made for other leaves or with other arguments."""
+    if not all(hasattr(state, field) for field in _SHAPED):
+        raise TypeError(
+            f"update needs the state that init made, and got a {type(state).__name__}: restore a"
+            " checkpoint into the structure of jax.eval_shape(tx.init, params)."
+        )
+    needed = jax.eval_shape(lambda: _shaped_fields(config, plan))
+    different = shape_differences(needed, {field: getattr(state, field) for field in _SHAPED})
+    different.sort(key=lambda one: (_SHAPED.index(one[0].partition("/")[0]), one[0]))
+    for name, now, then in different[:1]:
+        field, _, path = name.partition("/")
+        what = f"factor {field} of leaf {path!r}" if field in ("q", "r") else repr(name)
+        more = f" ({len(different) - 1} more arrays differ)" if different[1:] else ""
+        raise ValueError(
+            f"The state holds {said(then)} as {what}, where these parameters and arguments"
+            f" need {said(now)}{more}: it was {OTHERWISE_MADE}."
+        )
+
+
+def said(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else str(shape)
+
+
+def _shaped_fields(config: LowRankConfig, plan: ProjectionPlan) -> dict[str, Any]:
+    q, r, values, norms = _initial_subspaces(config, plan)
+    leaves = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in plan.leaves.items()}
+    low, others = examples(plan, leaves)
+    moments = (config.inner.init(low), config.inner.init(others))
+    norms = norms if keeps_norm(config.residual) else {}
+    return dict(zip(_SHAPED, (q, r, values, norms, *moments), strict=True))
 
 
 def _capture_placeholder() -> type:

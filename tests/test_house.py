@@ -54,6 +54,7 @@ LAYERS = [
     "_perturbed",
     "_diagnostics",
     "_shardings",
+    "_check_state",
     "_momentum_sam",
     "_subspace_gradients",
     "__init__",

@@ -71,7 +71,7 @@ def test_processes_agree_bit_for_bit_after_20_steps(unbroken):
 
 
 def test_a_killed_process_ends_the_run_which_resumes_with_the_same_bits(start, unbroken):
-    process, folder = start("killed", "--steps", "1000")
+    process, _ = start("killed", "--steps", "1000")
     pids = {}
     for line in process.stdout:
         if match := re.search(r"process (\d): started \(pid (\d+)\)", line):
