@@ -177,6 +177,8 @@ def work(arguments):
             f"The examples need {error.name!r}: pip install 'lorenza_optax[examples]'"
         ) from None
 
+    if arguments.preset not in llama.PRESETS:
+        raise SystemExit(f"--preset {arguments.preset}: choose from {', '.join(llama.PRESETS)}")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_num_cpu_devices", 1)

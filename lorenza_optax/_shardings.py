@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ def state_shardings(
     rank never is, and scalars are replicated. (Of several dimensions that make up m or n, it is
     those of the first that count.) Whatever else stands in the state, such as the accumulator
     of ``optax.MultiSteps`` or the moments of another optimizer in an ``optax.partition``, is
-    sharded as the parameter that it is like, or else replicated.
+    sharded as what it is made of, and a dimension that its axes do not divide is replicated.
 
     Args:
       tx: Any Optax transformation, ours anywhere in it.
@@ -65,7 +66,11 @@ def state_shardings(
     explicit = mesh.abstract_mesh.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
     # Types carry shardings on a mesh with Explicit axes, through whatever `init` makes of them.
     typed = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(explicit, specs[path]))
+        jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype,
+            sharding=NamedSharding(explicit, _dividing(specs[path], leaf, mesh)),
+        )
         for path, leaf in leaves.items()
     ]
     with jax.sharding.use_abstract_mesh(explicit):
@@ -78,6 +83,16 @@ def state_shardings(
         return NamedSharding(mesh, jax.P(*spec))
 
     return jax.tree.map(sharding, state)
+
+
+def _dividing(spec: jax.P, leaf: Any, mesh: Any) -> jax.P:
+    """The spec without axes that do not divide their dimension: it is replicated."""
+
+    def kept(axes: Any, size: int) -> Any:
+        names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+        return axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+    return jax.P(*(kept(axes, size) for axes, size in zip(spec, leaf.shape, strict=False)))
 
 
 def _mesh_and_specs(leaves: dict[str, Any], given: Any) -> tuple[Any, dict[str, Any]]:

@@ -112,11 +112,11 @@ def test_different_parameters_are_an_error(tmp_path, capsys):
     assert "do NOT hold the same" in capsys.readouterr().err
 
 
-def test_an_error_in_one_process_is_shown(start, tmp_path):
-    process, _ = start("failing", "--preset", "unheard_of")
+def test_an_error_in_one_process_is_shown(start):
+    process, _ = start("failing", "--preset", "huge")
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "failed with exit status 1: KeyError: 'unheard_of'" in error
+    assert "failed with exit status 1: --preset huge: choose from nano," in error
     assert "There is no checkpoint yet" in error
 
 
