@@ -228,6 +228,8 @@ def _of_adamw(layout):
 def test_a_refresh_from_a_sharded_gradient_gathers_nothing(layout):
     assert not _large_collectives(_optimizer(), _given, layout)
     assert not _large_collectives(_optimizer(stagger=True), _given, layout)
+    # A whole decomposition has to: gathers are seen.
+    assert _large_collectives(_optimizer(subspace="svd"), _given, layout)
 
 
 @pytest.mark.parametrize("layout", ["tensor-parallel", "both"])
