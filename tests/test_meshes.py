@@ -37,9 +37,6 @@ LAYOUTS = {
     ),
 }  # fmt: skip
 SHARED = {"rank": 3, "update_proj_gap": 2, "weight_dimension_numbers": NUMBERS}  # 3 is no multiple
-each_kind = pytest.mark.parametrize(
-    "kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name
-)
 
 
 def _is_explicit():
@@ -139,12 +136,19 @@ def _shardings(mesh, layout):
     return names, NamedSharding(mesh, batch)
 
 
-@each_kind
-@pytest.mark.parametrize(
-    ("layout", "way"),
-    [(layout, "value_fn") for layout in LAYOUTS]
-    + [("both", way) for way in WAYS if way != "value_fn"],
-)
+def _cells():
+    """Layouts, ways and kinds: those that add least to the rest are slow."""
+    pairs = [(layout, "value_fn") for layout in LAYOUTS] + [("both", way) for way in WAYS]
+    for layout, way in dict.fromkeys(pairs):
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            plain = way == "value_fn"
+            auto = plain or "stagger" in WAYS[way][1] or way.endswith("grad-sketch")
+            usual = auto if kind == AxisType.Auto else layout != "data-parallel"
+            marks = () if usual else (pytest.mark.slow,)
+            yield pytest.param(layout, way, kind, marks=marks, id=f"{layout}-{way}-{kind.name}")
+
+
+@pytest.mark.parametrize(("layout", "way", "kind"), list(_cells()))
 def test_one_devices_numbers_and_stable_shardings(layout, way, kind):
     variant, kwargs = WAYS[way]
     tx = _optimizer(**kwargs)
@@ -232,9 +236,18 @@ def test_a_refresh_from_a_sharded_gradient_gathers_nothing(layout):
     assert _large_collectives(_optimizer(subspace="svd"), _given, layout)
 
 
-@pytest.mark.parametrize("layout", ["tensor-parallel", "both"])
-@pytest.mark.parametrize("refresh", ["gradient", "sketch"])
-@pytest.mark.parametrize("way", ["value_fn", "subspace"])
+@pytest.mark.parametrize(
+    ("layout", "refresh", "way"),
+    [
+        ("both", "gradient", "value_fn"),
+        ("both", "gradient", "subspace"),
+        ("both", "sketch", "value_fn"),
+        ("both", "sketch", "subspace"),
+        ("data-parallel", "sketch", "value_fn"),
+        ("tensor-parallel", "gradient", "value_fn"),
+        ("tensor-parallel", "sketch", "subspace"),
+    ],
+)
 def test_no_weight_or_gradient_is_gathered_but_by_adamw_too(layout, refresh, way):
     tx = _optimizer(refresh=refresh, rho=0.0)
     found = _large_collectives(tx, _train_step(tx, way, refresh=refresh, rho=0.0), layout)
