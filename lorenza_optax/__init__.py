@@ -1,6 +1,7 @@
 """LORENZA and its family: low-rank, sharpness-aware training as Optax transformations."""
 
 from lorenza_optax._arguments import STRUCTURAL_ARGS
+from lorenza_optax._check_state import check_state
 from lorenza_optax._diagnostics import diagnostics
 from lorenza_optax._gradient import SubspaceGradients
 from lorenza_optax._linalg import randomized_svd
@@ -15,6 +16,7 @@ from lorenza_optax._momentum_sam import (
 from lorenza_optax._perturbed import perturbed_value_and_grad
 from lorenza_optax._plan import ProjectionPlan, projection_plan
 from lorenza_optax._selection import select_leaves
+from lorenza_optax._shardings import state_shardings
 from lorenza_optax._state import LowRankState
 from lorenza_optax._subspace_gradients import subspace_value_and_grad
 from lorenza_optax._update import LowRankUpdate, apply_updates
@@ -31,6 +33,7 @@ __all__ = [
     "ZoSamState",
     "adazo_sam",
     "apply_updates",
+    "check_state",
     "diagnostics",
     "lorenza",
     "lorenza_plus",
@@ -41,6 +44,7 @@ __all__ = [
     "randomized_svd",
     "scale_by_lorenza",
     "select_leaves",
+    "state_shardings",
     "subspace_value_and_grad",
     "zo_sam_perturbation",
 ]

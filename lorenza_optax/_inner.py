@@ -31,6 +31,8 @@ def check_inner(inner: optax.GradientTransformationExtraArgs, example: dict[str,
       inner: The transformation.
       example: The tree of (abstract) arrays that it will be given.
     """
+    # Without shardings: products of the rule would have to say what becomes of them.
+    example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), example)
     state = jax.eval_shape(inner.init, example)
     dry_run = lambda params: jax.eval_shape(inner.update, example, state, params)  # noqa: E731
     try:

@@ -95,6 +95,18 @@ class MatrixView:
         """([b,] m, n) to ([b,] compressed, free) and back."""
         return matrix if self.compressed == "left" else matrix.swapaxes(-1, -2)
 
+    def mesh_axes(self, axes: Sequence[Any]) -> tuple[tuple[Any, ...], Any, Any]:
+        """Mesh axes (of b, of m, of n) of the matrices, from those of the leaf's dimensions.
+
+        Of dimensions that are merged the first one's remain: its parts lie one after the other.
+        """
+
+        def merged(group: tuple[int, ...]) -> Any:
+            return next((axes[axis] for axis in group if self.shape[axis] > 1), None)
+
+        batch = (merged(self.batch_axes),) if self.batch_axes else ()
+        return batch, merged(self.row_axes), merged(self.column_axes)
+
     def product(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Factors ([b,] m, s), ([b,] s, n) of the matrix whose oriented view is a b."""
         if self.compressed == "left":

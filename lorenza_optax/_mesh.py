@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
+
+__all__ = ["in_auto_mode", "mark_varying", "mesh_axes", "placed", "whole"]
 
 
 def in_auto_mode(function: Callable[..., Any], *args: Any, like: Any) -> Any:
@@ -50,3 +53,30 @@ def mark_varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
     known = kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", frozenset())
     missing = tuple(axis for axis in axes if axis not in known)
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+
+def mesh_axes(leaf: Any) -> tuple[Any, ...]:
+    """The mesh axes that each dimension is sharded over by the leaf's type, None for none.
+
+    Only Explicit axes are a part of types.
+    """
+    spec = tuple(jax.typeof(leaf).sharding.spec)
+    return (*spec, *(None,) * (leaf.ndim - len(spec)))
+
+
+def placed(array: Any, axes: tuple[Any, ...], like: Any) -> Any:
+    """An array with its dimensions sharded over axes of the mesh that ``like`` lies on."""
+    if mesh_axes(array) == axes:
+        return array
+    if isinstance(like, jax.core.Tracer):
+        mesh = jax.typeof(like).sharding.mesh
+        return jax.sharding.reshard(array, jax.sharding.NamedSharding(mesh, jax.P(*axes)))
+    return jax.device_put(array, jax.sharding.NamedSharding(like.sharding.mesh, jax.P(*axes)))
+
+
+def whole(tree: Any) -> Any:
+    """A tree of arrays, on a mesh with Explicit axes each of them whole on each device.
+
+    For small arrays that are then used as if there were no mesh: elsewhere XLA chooses.
+    """
+    return jax.tree.map(lambda leaf: placed(leaf, (None,) * leaf.ndim, leaf), tree)

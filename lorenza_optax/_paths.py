@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-__all__ = ["has_masked_nodes", "leaves_by_path", "path_hash"]
+__all__ = ["has_masked_nodes", "leaves_by_path", "path_hash", "shape_differences"]
 
 
 def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
@@ -32,6 +32,16 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
             raise ValueError(f"Two leaves of the tree have the path {name!r}: rename one of them.")
         leaves[name] = leaf
     return leaves
+
+
+def shape_differences(needed: Any, found: Any) -> list[tuple[str, Any, Any]]:
+    """(path, shape needed, shape found) of leaves that differ; None for what is not there."""
+    shapes = [
+        {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves_by_path(tree).items()}
+        for tree in (needed, found)
+    ]
+    both = [(path, shapes[0].get(path), shapes[1].get(path)) for path in {**shapes[0], **shapes[1]}]
+    return [(path, now, then) for path, now, then in both if now != then]
 
 
 def has_masked_nodes(tree: Any) -> bool:

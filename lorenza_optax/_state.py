@@ -17,13 +17,22 @@ from lorenza_optax._gradient import (
     step_key,
 )
 from lorenza_optax._inner import check_inner, store_moments
-from lorenza_optax._paths import leaves_by_path
+from lorenza_optax._mesh import mesh_axes, placed
+from lorenza_optax._paths import leaves_by_path, shape_differences
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._residual import keeps_norm
 from lorenza_optax._sketch import random_projectors
 from lorenza_optax._transport import check_rotatable
 
-__all__ = ["LowRankState", "check_same_tree", "examples", "initial_state"]
+__all__ = [
+    "OTHERWISE_MADE",
+    "LowRankState",
+    "check_same_tree",
+    "examples",
+    "initial_state",
+    "low_rank_like",
+    "said",
+]
 
 Arrays = dict[str, jax.Array]
 
@@ -70,7 +79,10 @@ class LowRankState(NamedTuple):
 
 
 def examples(plan: ProjectionPlan, leaves: Arrays) -> tuple[Arrays, Arrays]:
-    """Zeros like what the inner optimizer sees: low-rank gradients, and the other leaves'."""
+    """Zeros like what the inner optimizer sees: low-rank gradients, and the other leaves'.
+
+    On a mesh with Explicit axes they are sharded as the leaves are, the rank axis never.
+    """
     low = {
         path: jnp.zeros(leaf.low_rank_shape, leaf.compute_dtype)
         for path, leaf in plan.projected.items()
@@ -78,7 +90,17 @@ def examples(plan: ProjectionPlan, leaves: Arrays) -> tuple[Arrays, Arrays]:
     others = {
         path: jnp.zeros_like(leaves[path], leaf.compute_dtype) for path, leaf in plan.others.items()
     }
-    return low, others
+    return low_rank_like(leaves, plan, low), others
+
+
+def low_rank_like(leaves: Arrays, plan: ProjectionPlan, low: Arrays) -> Arrays:
+    """Low-rank gradients or moments ([b,] r, l), sharded as the leaves are."""
+    found = {}
+    for path, leaf in plan.projected.items():
+        batch, rows, columns = leaf.matrix.mesh_axes(mesh_axes(leaves[path]))
+        free = columns if leaf.matrix.compressed == "left" else rows
+        found[path] = placed(low[path], (*batch, None, free), leaves[path])
+    return found
 
 
 def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankState:
@@ -88,14 +110,14 @@ def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankStat
     plan = config.plan(params)
     if not config.in_full_space:
         plan.warn()
-    low, others = examples(plan, leaves_by_path(params))
+    leaves = leaves_by_path(params)
+    low, others = examples(plan, leaves)
     for example in filter(None, (low, others)):
         check_inner(config.inner, example)
     projected = config.inner.init(low)
     if config.moment_transport == "rotate":
         check_rotatable(config.inner, projected, jax.tree.map(jnp.shape, low))
-    q, r, values = _initial_subspaces(config, plan)
-    norms = {path: jnp.zeros(leaf.matrix.batch) for path, leaf in plan.projected.items()}
+    q, r, values, norms = _sharded_like(leaves, plan, *_initial_subspaces(config, plan))
     kind = FullSpaceAscentState if config.in_full_space else SubspaceAscentState
     dtype = config.stored_moment_dtype()
     return LowRankState(
@@ -115,11 +137,27 @@ def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankStat
     )
 
 
+def _sharded_like(leaves: Arrays, plan: ProjectionPlan, *trees: Arrays) -> list[Arrays]:
+    """(q, r, singular_values, residual_norms) sharded as the leaves are."""
+    found: list[Arrays] = [{} for _ in trees]
+    for path, leaf in plan.projected.items():
+        batch, rows, columns = leaf.matrix.mesh_axes(mesh_axes(leaves[path]))
+        for kept, tree, own in zip(
+            found, trees, ((rows, None), (None, columns), (None,), ()), strict=True
+        ):
+            if path in tree:
+                kept[path] = placed(tree[path], (*batch, *own), leaves[path])
+    return found
+
+
 def _initial_subspaces(
     config: LowRankConfig, plan: ProjectionPlan
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
-    """(q, r, singular_values): zero, but for projectors that sketches are to be taken through."""
-    q, r, values = {}, {}, {}
+) -> tuple[Arrays, Arrays, Arrays, Arrays]:
+    """(q, r, singular_values, residual_norms).
+
+    They are zero, but for projectors that sketches are to be taken through.
+    """
+    q, r, values, norms = {}, {}, {}, {}
     random: dict[str, jax.Array] = {}
     if config.sketches and plan.projected:
         shapes = {
@@ -141,21 +179,50 @@ def _initial_subspaces(
             r[path] = right
         if config.ascent.scale_probes and config.ascent.needs_partners:
             values[path] = jnp.zeros((*view.batch, leaf.rank), jnp.float32)
-    return q, r, values
+        norms[path] = jnp.zeros(view.batch)
+    return q, r, values, norms
+
+
+# Fields whose leaves and shapes follow from the parameters and the arguments.
+_SHAPED = ("q", "r", "singular_values", "residual_norms", "projected", "others")
+OTHERWISE_MADE = (
+    "made by init for other parameters or with other arguments, such as rank, proj_type, rho,"
+    " ascent or base_optimizer. Build the optimizer with the arguments that the state was saved"
+    " with, or begin with a new state, tx.init(params)"
+)
 
 
 def check_same_tree(config: LowRankConfig, plan: ProjectionPlan, state: LowRankState) -> None:
-    """Raises where a state was made for other leaves or another rank."""
-    expected = jax.eval_shape(lambda: _initial_subspaces(config, plan))[:2]
-    for name, now, then in zip("qr", expected, (state.q, state.r), strict=True):
-        for path in sorted({*now, *then}):
-            shapes = [tree[path].shape if path in tree else "nothing" for tree in (now, then)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"The state holds {shapes[1]} as factor {name} of leaf {path!r}, where these"
-                    f" parameters and arguments need {shapes[0]}: it was made by init for other"
-                    " parameters or with another rank, proj_type or rho."
-                )
+    """Raises where a state was made for other leaves or with other arguments."""
+    if not all(hasattr(state, field) for field in _SHAPED):
+        raise TypeError(
+            f"update needs the state that init made, and got a {type(state).__name__}: restore a"
+            " checkpoint into the structure of jax.eval_shape(tx.init, params)."
+        )
+    needed = jax.eval_shape(lambda: _shaped_fields(config, plan))
+    different = shape_differences(needed, {field: getattr(state, field) for field in _SHAPED})
+    different.sort(key=lambda one: (_SHAPED.index(one[0].partition("/")[0]), one[0]))
+    for name, now, then in different[:1]:
+        field, _, path = name.partition("/")
+        what = f"factor {field} of leaf {path!r}" if field in ("q", "r") else repr(name)
+        more = f" ({len(different) - 1} more arrays differ)" if different[1:] else ""
+        raise ValueError(
+            f"The state holds {said(then)} as {what}, where these parameters and arguments"
+            f" need {said(now)}{more}: it was {OTHERWISE_MADE}."
+        )
+
+
+def said(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else str(shape)
+
+
+def _shaped_fields(config: LowRankConfig, plan: ProjectionPlan) -> dict[str, Any]:
+    q, r, values, norms = _initial_subspaces(config, plan)
+    leaves = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in plan.leaves.items()}
+    low, others = examples(plan, leaves)
+    moments = (config.inner.init(low), config.inner.init(others))
+    norms = norms if keeps_norm(config.residual) else {}
+    return dict(zip(_SHAPED, (q, r, values, norms, *moments), strict=True))
 
 
 def _capture_placeholder() -> type:

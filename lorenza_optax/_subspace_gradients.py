@@ -28,12 +28,13 @@ from lorenza_optax._in_update import (
 from lorenza_optax._inner import load_moments, store_moments
 from lorenza_optax._landscape import Displacement, landscape
 from lorenza_optax._mesh import in_auto_mode
+from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._refresh import is_due
 from lorenza_optax._renewal import carried
 from lorenza_optax._selection import Rank
 from lorenza_optax._sketch import WARM_UP, sketch_rows
-from lorenza_optax._state import LowRankState, check_same_tree
+from lorenza_optax._state import LowRankState, check_same_tree, low_rank_like
 from lorenza_optax._step import prepare
 from lorenza_optax._surroundings import applied
 
@@ -173,7 +174,8 @@ def subspace_value_and_grad(
         value, gradient = low_rank_gradient(near, around.subspaces, move, config.ascent)
         near.warn()
         others = {path: g.astype(plan.leaves[path].dtype) for path, g in gradient.others.items()}
-        return value, SubspaceGradients(gradient.low, others), _replaced(opt_state, state)
+        low = low_rank_like(leaves_by_path(params), plan, gradient.low)
+        return value, SubspaceGradients(low, others), _replaced(opt_state, state)
 
     return value_and_grad
 

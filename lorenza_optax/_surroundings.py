@@ -16,6 +16,7 @@ from lorenza_optax._gradient import FullSpaceAscentState, draw_probes
 from lorenza_optax._inner import FIRST_MOMENTS, first_moment
 from lorenza_optax._landscape import Displacement, Landscape, Subspaces
 from lorenza_optax._matrix_view import MatrixView
+from lorenza_optax._mesh import whole
 
 __all__ = [
     "Surroundings",
@@ -66,9 +67,9 @@ def applied(
 def of_state(config: AscentConfig, views: Mapping[str, MatrixView], state: Any) -> Surroundings:
     """What one state with the views of its projected leaves says."""
     in_full = isinstance(state.ascent, FullSpaceAscentState)
-    low = first_moment(getattr(state, "projected", ())) or {}
+    low = whole(first_moment(getattr(state, "projected", ())) or {})
     full = first_moment(getattr(state, "others", ())) or {}
-    q, r = getattr(state, "q", {}), getattr(state, "r", {})
+    q, r = whole((getattr(state, "q", {}), getattr(state, "r", {})))
     projectors = {path: view.projector(q.get(path), r.get(path)) for path, view in views.items()}
     rows = {}
     for path, view in views.items():
@@ -87,7 +88,7 @@ def of_state(config: AscentConfig, views: Mapping[str, MatrixView], state: Any) 
 
     return Surroundings(
         Subspaces(views, projectors),
-        _partners(config, views, state, low) if config.ascent == "zo" and not in_full else {},
+        _partners(config, views, q, r, state, low) if config.ascent == "zo" and not in_full else {},
         rows,
         Displacement(low, full),
         draw,
@@ -97,7 +98,7 @@ def of_state(config: AscentConfig, views: Mapping[str, MatrixView], state: Any) 
 
 
 def _partners(
-    config: AscentConfig, views: Mapping[str, MatrixView], state: Any, moments: Any
+    config: AscentConfig, views: Mapping[str, MatrixView], q: Any, r: Any, state: Any, moments: Any
 ) -> dict[str, jax.Array]:
     """The rows K that probes are made of."""
     partners = {}
@@ -111,9 +112,9 @@ def _partners(
                 norms = jnp.linalg.norm(rows, axis=-1, keepdims=True)
                 rows = jnp.where(norms > 0, rows / jnp.where(norms > 0, norms, 1), 0)
         else:
-            rows = view.partner(state.q[path], state.r[path])[..., : config.probe_rank, :]
+            rows = view.partner(q[path], r[path])[..., : config.probe_rank, :]
             if config.scale_probes:
-                values = state.singular_values[path][..., : rows.shape[-2], None]
+                values = whole(state.singular_values[path])[..., : rows.shape[-2], None]
                 rows = values * rows.astype(jnp.promote_types(rows.dtype, values.dtype))
         partners[path] = rows
     return partners

@@ -54,6 +54,8 @@ LAYERS = [
     "_find",
     "_perturbed",
     "_diagnostics",
+    "_shardings",
+    "_check_state",
     "_momentum_sam",
     "_subspace_gradients",
     "__init__",
