@@ -42,8 +42,9 @@ class LowRankState(NamedTuple):
         Before the first refresh zero, or where refreshes are from sketches random.
       r: Right factors R ([b,] r, n), likewise.
       singular_values: Of each gradient at its refresh ([b,] r), if probes are scaled with them.
-      projected: Inner state of the projected leaves; moments ([b,] r, l).
-      others: Inner state of the other leaves; moments in the leaf's shape.
+      projected: Inner state of the projected leaves; moments ([b,] r, l). A moment that is kept
+        in 8 bits is a dict: "codes", int8 or uint8 in its shape, and "scales", one a block.
+      others: Inner state of the other leaves; moments in the leaf's shape, likewise.
       residual_norms: One number a matrix for residual rules that limit growth, else empty.
       gradient_transform: State of ``gradient_transform``, else empty.
       captured_energy: Share of the squared gradient norm of the projected leaves that lay in

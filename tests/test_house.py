@@ -29,6 +29,7 @@ LAYERS = [
     "_landscape",
     "_subspace",
     "_refresh",
+    "_quantized",
     "_inner",
     "_transport",
     "_residual",
