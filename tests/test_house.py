@@ -20,6 +20,7 @@ LAYERS = [
     "_linalg",
     "_matrix_view",
     "_paths",
+    "_tables",
     "_calls",
     "_plan",
     "_factored",
@@ -56,6 +57,10 @@ LAYERS = [
     "_diagnostics",
     "_momentum_sam",
     "_subspace_gradients",
+    "_model_shapes",
+    "_memory_of",
+    "_memory_report",
+    "memory",
     "__init__",
 ]
 
