@@ -142,11 +142,11 @@ def store_moments(state: Any, dtype: jnp.dtype | None, key: jax.Array | None) ->
     """
     if dtype is None:
         return state
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_quantized)
     stored = []
     for index, (path, leaf) in enumerate(leaves):
         own_key = None if key is None else jax.random.fold_in(key, index)
-        if not _is_moment(leaf):
+        if is_quantized(leaf) or not _is_moment(leaf):
             stored.append(leaf)
         elif dtype == jnp.int8:
             signed = _SIGNS.get(_field(path) or "")

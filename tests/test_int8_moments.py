@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 import lorenza_optax
 from lorenza_optax._inner import first_moment, load_moments, store_moments
 from lorenza_optax._quantized import BLOCK, dequantized, is_quantized, quantized
+from lorenza_optax.memory import step_memory
 from tests import problems
 
 # Moments of rank 4 have 4800 and 4400 entries; "long" runs in full, "bias" is too small.
@@ -190,6 +191,30 @@ def test_a_quarter_of_the_bytes():
                 chex.assert_type(kept["scales"], jnp.float32)
                 bytes_kept = kept["codes"].nbytes + kept["scales"].nbytes
                 assert 0.25 < bytes_kept / wide.nbytes < 0.26
+
+
+def test_a_step_needs_no_more_temporaries_for_it():
+    """Loaded before the refresh is decided on, moments would be there in float32 all along."""
+    params = {name: jax.ShapeDtypeStruct((128, 512), jnp.float32) for name in "abcd"}
+    x = jax.ShapeDtypeStruct((4, 128), jnp.float32)
+
+    def loss(params, x):
+        for kernel in params.values():
+            x = jnp.tanh(x @ kernel) @ jnp.ones((512, 128))
+        return jnp.mean(x**2)
+
+    used = {}
+    for dtype in (None, "int8"):
+        tx = _lorenza(rank=32, rho=0.0, moment_dtype=dtype)
+
+        def step(params, state, x, tx=tx):
+            updates, state = tx.update(None, state, params, value_fn=loss, x=x)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.eval_shape(tx.init, params)
+        used[dtype] = step_memory(jax.jit(step, donate_argnums=(0, 1)), params, state, x)
+    assert used["int8"].arguments < 0.8 * used[None].arguments
+    assert used["int8"].temporaries < 1.02 * used[None].temporaries
 
 
 ASCENTS = {
