@@ -29,7 +29,8 @@ from tests import problems
 SHAPES = {"a": (40, 1200), "b": (1100, 48), "long": (5000,), "bias": (20,)}
 RANK = 4
 INT8 = jnp.dtype("int8")
-CODES = {True: np.arange(128.0) / 127, False: np.arange(256.0) / 255}
+# Shares of a block's largest entry; of those that are not negative the smallest are left out.
+CODES = {True: (np.arange(128) / 127) ** 4, False: (np.r_[0, 6:256] / 255) ** 6}
 
 
 def _lorenza(**kwargs):
@@ -64,7 +65,7 @@ def _neighbours(x, signed):
     for start in range(0, x.shape[-1], BLOCK):
         block = np.abs(x[..., start : start + BLOCK])
         for row in np.ndindex(block.shape[:-1]):
-            grid = CODES[signed] ** (2 if signed else 4) * block[row].max()
+            grid = CODES[signed] * block[row].max()
             above = np.clip(np.searchsorted(grid, block[row]), 1, len(grid) - 1)
             low[row][start : start + BLOCK] = grid[above - 1]
             high[row][start : start + BLOCK] = grid[above]
@@ -129,29 +130,30 @@ def test_stochastic_rounding_is_exact_in_expectation(signed):
 
 
 def test_a_small_second_moment_goes_on_growing_beside_a_large_one():
-    """Rounded to nearest it stays where 0.001 g² is less than half a step."""
-    gradient = {"long": jnp.full(5000, 0.3).at[::BLOCK].set(3.0)}
+    """Rounded to nearest it stays where it is: 0.001 g² is less than half a step."""
+    large = np.arange(5000) % BLOCK == 0
+    start = {"long": jnp.where(large, 9.0, 0.01)}
+    gradient = {"long": jnp.where(large, 3.0, 0.2)}  # the large ones are at their mean
     tx = _lorenza(rho=0.0)
     with pytest.warns(UserWarning, match="No leaf is projected"):
         state = tx.init(gradient)
+    adam = optax.scale_by_adam().init(start)._replace(nu=start)
+    state = (state[0]._replace(others=store_moments(adam, INT8, None)), *state[1:])
     update = jax.jit(tx.update)
 
     @jax.jit
     def to_nearest(nu):
-        nu = 0.999 * dequantized(nu) + 0.001 * gradient["long"] ** 2
-        return quantized(nu, False, None)
+        return quantized(0.999 * dequantized(nu) + 0.001 * gradient["long"] ** 2, False, None)
 
-    nearest = quantized(jnp.zeros(5000), False, None)
-    for _ in range(600):
+    nearest = quantized(start["long"], False, None)
+    for _ in range(400):
         _, state = update(gradient, state, gradient)
         nearest = to_nearest(nearest)
-    kept = np.asarray(dequantized(state[0].others.nu["long"]))
-    exact = (1 - 0.999**600) * np.asarray(gradient["long"]) ** 2
-    np.testing.assert_allclose(kept[::BLOCK], exact[::BLOCK], rtol=1e-3)
-    small = np.asarray(gradient["long"]) < 1
-    np.testing.assert_allclose(kept[small].mean(), exact[small].mean(), rtol=0.05)
-    off = np.abs(np.asarray(dequantized(nearest))[small].mean() / exact[small].mean() - 1)
-    assert off > 0.2
+    kept, nearest = map(np.asarray, map(dequantized, (state[0].others.nu["long"], nearest)))
+    np.testing.assert_allclose(kept[large], 9, rtol=1e-3)
+    exact = 0.04 - 0.03 * 0.999**400
+    np.testing.assert_allclose(kept[~large].mean(), exact, rtol=0.03)
+    assert nearest[~large].mean() < 0.6 * exact
 
 
 def test_no_step_blows_up_beside_gradients_a_million_times_as_large():
@@ -172,7 +174,7 @@ def test_no_step_blows_up_beside_gradients_a_million_times_as_large():
         _, sizes_of_steps = jax.lax.scan(step, state, gradients)
         longest[dtype] = float(sizes_of_steps.max()) / 1e-2
     assert longest["float32"] < 4
-    assert longest["int8"] < 8
+    assert longest["int8"] < 4
 
 
 def test_a_quarter_of_the_bytes():
