@@ -17,6 +17,7 @@ __all__ = [
     "check_inner",
     "check_quantizable",
     "check_sign",
+    "check_stored",
     "first_moment",
     "load_moments",
     "store_moments",
@@ -131,6 +132,28 @@ def _field(path: Any) -> str | None:
     return names[-1] if names else None
 
 
+def _sign_if_quantized(path: Any, leaf: Any) -> bool | None:
+    """Whether a moment that is kept in 8 bits has a sign; None for arrays that stay as they are."""
+    known = _is_moment(leaf) and worth_quantizing(leaf.shape)
+    return _SIGNS.get(_field(path) or "") if known else None
+
+
+def check_stored(state: Any, dtype: jnp.dtype | None) -> None:
+    """Raises for moments that were stored in 8 bits where ``dtype`` is another, or the reverse."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_quantized):
+        if dtype == jnp.int8:
+            fits = is_quantized(leaf) or _sign_if_quantized(path, leaf) is None
+        else:
+            fits = not is_quantized(leaf)
+        if not fits:
+            kept = "int8" if is_quantized(leaf) else str(leaf.dtype)
+            raise ValueError(
+                f"The state keeps the moment at {jax.tree_util.keystr(path)} in {kept}, and these"
+                f" arguments say moment_dtype={None if dtype is None else dtype.name!r}: pass the"
+                " moment_dtype that the state was made with, or make a new state with init."
+            )
+
+
 def store_moments(state: Any, dtype: jnp.dtype | None, key: jax.Array | None) -> Any:
     """The state as it is kept: floating arrays in ``dtype``, None for as they are.
 
@@ -149,10 +172,8 @@ def store_moments(state: Any, dtype: jnp.dtype | None, key: jax.Array | None) ->
         if is_quantized(leaf) or not _is_moment(leaf):
             stored.append(leaf)
         elif dtype == jnp.int8:
-            signed = _SIGNS.get(_field(path) or "")
-            if signed is not None and worth_quantizing(leaf.shape):
-                leaf = quantized(leaf, signed, own_key)
-            stored.append(leaf)
+            signed = _sign_if_quantized(path, leaf)
+            stored.append(leaf if signed is None else quantized(leaf, signed, own_key))
         elif dtype == jnp.bfloat16 and own_key is not None:
             stored.append(_round_stochastically(leaf, own_key))
         else:

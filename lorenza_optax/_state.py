@@ -16,7 +16,7 @@ from lorenza_optax._gradient import (
     initial_ascent_state,
     step_key,
 )
-from lorenza_optax._inner import check_inner, store_moments
+from lorenza_optax._inner import check_inner, check_stored, store_moments
 from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._residual import keeps_norm
@@ -145,7 +145,9 @@ def _initial_subspaces(
 
 
 def check_same_tree(config: LowRankConfig, plan: ProjectionPlan, state: LowRankState) -> None:
-    """Raises where a state was made for other leaves or another rank."""
+    """Raises where a state was made for other leaves, another rank, or 8-bit moments or none."""
+    for inner in (state.projected, state.others):
+        check_stored(inner, config.stored_moment_dtype())
     expected = jax.eval_shape(lambda: _initial_subspaces(config, plan))[:2]
     for name, now, then in zip("qr", expected, (state.q, state.r), strict=True):
         for path in sorted({*now, *then}):
