@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 __all__ = ["MODEL_DTYPES", "PRESETS", "ModelSizes", "abstract_params", "find_model"]
 
-MODEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
+MODEL_DTYPES = ("float32", "bfloat16", "float16")
 MODEL_TYPES = ("llama", "qwen2", "bert")
 
 

@@ -273,7 +273,7 @@ def test_configs_have_the_published_number_of_parameters(name, tmp_path):
         ({**LLAMA, "hidden_size": "2048"}, "'hidden_size' must be a positive integer, got '2048'"),
         ({**LLAMA, "num_hidden_layers": 0}, "'num_hidden_layers' must be a positive integer"),
         ({**LLAMA, "num_attention_heads": 30}, "2048 is no multiple of 'num_attention_heads' 30"),
-        ({**LLAMA, "torch_dtype": "int4"}, "dtype 'int4' is none of float64"),
+        ({**LLAMA, "torch_dtype": "int4"}, "dtype 'int4' is none of float32"),
     ],
 )
 def test_broken_configs(config, message, tmp_path):
@@ -287,7 +287,7 @@ def test_broken_configs(config, message, tmp_path):
         ({"params": "8B"}, ValueError, "'8B' is neither a preset .60M, 130M, 350M, 1B, 7B. nor"),
         ({"rank": 0}, ValueError, "rank must be at least 1"),
         ({"methods": ["adam"]}, ValueError, "method must be one of 'adamw', 'galore'"),
-        ({"dtype": "int8"}, ValueError, "dtype must be None or one of float64"),
+        ({"dtype": "int8"}, ValueError, "dtype must be None or one of float32"),
         ({"params": {"w": jnp.ones((8, 8))}, "dtype": "float32"}, ValueError, "has its own"),
         ({"params": {"w": 1.0}}, TypeError, "Leaf 'w' is a float"),
         ({"memory": "24 gigs"}, ValueError, "such as '24GB', got '24 gigs'"),
