@@ -347,9 +347,8 @@ def test_resumes_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("ascent", ["zo", "momentum"])
-def test_meshes(axis_type, ascent):
-    tx, (params, target) = _lorenza(ascent=ascent), _problem()
+def test_meshes(axis_type):
+    tx, (params, target) = _lorenza(ascent="momentum"), _problem()  # which reads the moments too
     expected, _ = _train(_step(tx, target), params, tx.init(params), 3)
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
     specs = {1: P("x"), 2: P("x", "y")}
@@ -378,7 +377,8 @@ def test_nnx_optimizer_rebuilds_the_state_as_it_was():
             self.out = nnx.Linear(1200, 8, rngs=rngs)
 
     model = Net(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, _lorenza(), wrt=nnx.Param)
+    tx = optax.chain(_lorenza(), optax.scale(0.1))  # with this loss 1e-2 is too large a step
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     structure = jax.tree.structure(nnx.as_pure(optimizer.opt_state))
     x = jnp.ones((4, 40))
 
