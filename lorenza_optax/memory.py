@@ -53,7 +53,10 @@ def memory_report(
         ``config.json`` or of its folder, for the model types llama, qwen2 and bert (an encoder
         with its pooler).
       rank: The rank r, or several.
-      methods: Which of "adamw", "galore", "lora", "lorenza" to count.
+      methods: Which to count: "adamw", Optax's; "galore", ``optax.contrib.galore`` by its own
+        rule, which projects all 2-D leaves and compresses the longer side; "lora", adapters of
+        r (m + n) on the leaves that LORENZA projects, with AdamW on them and all else frozen;
+        "lorenza".
       memory: A memory to fit into, in bytes or as "24GB", "80GiB".
       dtype: Of the parameters of a preset (None for float32) or a config (None for its own).
       step_fn: A training step, jitted (with its donations) or not, that is compiled for
