@@ -62,7 +62,7 @@ def check_not_injected(name: str, value: Any) -> None:
         raise TypeError(f"{name} must not be an array.{_INJECTED}")
 
 
-def check_float_dtype(name: str, dtype: Any, choices: Sequence[str]) -> jnp.dtype | None:
+def check_dtype(name: str, dtype: Any, choices: Sequence[str]) -> jnp.dtype | None:
     """Returns the dtype that a name or dtype stands for, or None; raises if not a choice."""
     if dtype is None:
         return None

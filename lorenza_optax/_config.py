@@ -12,13 +12,19 @@ import optax
 from lorenza_optax._ascent import AscentConfig
 from lorenza_optax._checks import (
     check_choice,
-    check_float_dtype,
+    check_dtype,
     check_int,
     check_not_injected,
     check_number,
     check_transformation,
 )
-from lorenza_optax._inner import FIRST_MOMENTS, MOMENT_DTYPES, check_sign, first_moment
+from lorenza_optax._inner import (
+    FIRST_MOMENTS,
+    MOMENT_DTYPES,
+    check_quantizable,
+    check_sign,
+    first_moment,
+)
 from lorenza_optax._matrix_view import PROJ_TYPES
 from lorenza_optax._plan import ProjectionPlan, projection_plan
 from lorenza_optax._residual import RESIDUALS
@@ -94,9 +100,11 @@ class LowRankConfig:
         check_number("scale", self.scale)
         check_transformation("gradient_transform", self.gradient_transform)
         check_not_injected("weight_dimension_numbers", self.weight_dimension_numbers)
-        check_float_dtype("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
-        check_float_dtype("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
+        check_dtype("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
+        check_dtype("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         check_sign(self.inner)
+        if self.stored_moment_dtype() == jnp.int8:
+            check_quantizable(self.inner)
 
     @property
     def needs_full_gradient(self) -> bool:

@@ -238,7 +238,8 @@ def lorenza(
       gradient_transform: An Optax transformation applied to the gradient before it is
         projected, such as ``optax.clip_by_global_norm(1.0)``.
       factor_dtype: Dtype in which Q and R are kept; None for that of the parameters.
-      moment_dtype: "float32" (also None) or "bfloat16", which is rounded stochastically.
+      moment_dtype: "float32" (also None), or rounded stochastically "bfloat16" or "int8": 8-bit
+        codes with a scale for each 256 entries; arrays of fewer than 4096 stay float32.
       weight_dimension_numbers: Which axes form the matrix of which leaf, as in
         :func:`projection_plan`: for scanned layers, attention kernels, or a choice of layers.
       subspace: "randomized_svd", or "svd" for a full decomposition.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from lorenza_optax._selection import (
     dimension_numbers_by_path,
     ranks_by_path,
 )
+from lorenza_optax._tables import format_table
 
 __all__ = ["LeafPlan", "ProjectionPlan", "projection_plan"]
 
@@ -130,22 +131,7 @@ class ProjectionPlan:
                          leaf.reason))  # fmt: skip
         share = f"{total_kept / total_adam:.2f} of Adam's" if total_adam else ""
         rows.append(("total", "", "", "", "", f"{total_kept:,}", f"{total_adam:,}", share))
-        return _format_table(rows)
-
-
-def _format_table(rows: Iterable[tuple[str, ...]]) -> str:
-    rows = list(rows)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    numeric = (4, 5, 6)
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if column in numeric else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "-" * max(len(line) for line in lines))
-    return "\n".join(lines)
+        return format_table(rows, numeric=(4, 5, 6))
 
 
 def projection_plan(

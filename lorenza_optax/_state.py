@@ -16,7 +16,7 @@ from lorenza_optax._gradient import (
     initial_ascent_state,
     step_key,
 )
-from lorenza_optax._inner import check_inner, store_moments
+from lorenza_optax._inner import check_inner, check_stored, store_moments
 from lorenza_optax._mesh import mesh_axes, placed
 from lorenza_optax._paths import leaves_by_path, shape_differences
 from lorenza_optax._plan import ProjectionPlan
@@ -51,8 +51,9 @@ class LowRankState(NamedTuple):
         Before the first refresh zero, or where refreshes are from sketches random.
       r: Right factors R ([b,] r, n), likewise.
       singular_values: Of each gradient at its refresh ([b,] r), if probes are scaled with them.
-      projected: Inner state of the projected leaves; moments ([b,] r, l).
-      others: Inner state of the other leaves; moments in the leaf's shape.
+      projected: Inner state of the projected leaves; moments ([b,] r, l). A moment that is kept
+        in 8 bits is a dict: "codes", int8 or uint8 in its shape, and "scales", one a block.
+      others: Inner state of the other leaves; moments in the leaf's shape, likewise.
       residual_norms: One number a matrix for residual rules that limit growth, else empty.
       gradient_transform: State of ``gradient_transform``, else empty.
       captured_energy: Share of the squared gradient norm of the projected leaves that lay in
@@ -199,6 +200,8 @@ def check_same_tree(config: LowRankConfig, plan: ProjectionPlan, state: LowRankS
             f"update needs the state that init made, and got a {type(state).__name__}: restore a"
             " checkpoint into the structure of jax.eval_shape(tx.init, params)."
         )
+    for inner in (state.projected, state.others):
+        check_stored(inner, config.stored_moment_dtype())
     needed = jax.eval_shape(lambda: _shaped_fields(config, plan))
     different = shape_differences(needed, {field: getattr(state, field) for field in _SHAPED})
     different.sort(key=lambda one: (_SHAPED.index(one[0].partition("/")[0]), one[0]))
@@ -220,7 +223,8 @@ def _shaped_fields(config: LowRankConfig, plan: ProjectionPlan) -> dict[str, Any
     q, r, values, norms = _initial_subspaces(config, plan)
     leaves = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in plan.leaves.items()}
     low, others = examples(plan, leaves)
-    moments = (config.inner.init(low), config.inner.init(others))
+    dtype = config.stored_moment_dtype()
+    moments = (store_moments(config.inner.init(tree), dtype, None) for tree in (low, others))
     norms = norms if keeps_norm(config.residual) else {}
     return dict(zip(_SHAPED, (q, r, values, norms, *moments), strict=True))
 

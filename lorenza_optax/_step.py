@@ -38,7 +38,8 @@ class Prepared(NamedTuple):
       low: ĝ = Pᵀ G ([b,] r, l) by path; of no use where not ``usable``.
       others: The other leaves' gradients by path.
       subspaces: (q, r, singular_values) that ``low`` is in, as the state keeps them.
-      projected: Inner state of the projected leaves, in that subspace, as it computes.
+      projected: Inner state of the projected leaves, in that subspace, as it is kept or as it
+        computes.
       refreshed: Whether the subspaces are new.
       usable: Whether the gradient is finite.
       captured_energy: See :class:`LowRankState`.
@@ -69,7 +70,7 @@ def prepare(
     usable = jnp.isfinite(total(energy.values()))
     matrices = {path: leaf.matrix.matrix(wide[path]) for path, leaf in plan.projected.items()}
     initial = config.inner.init(examples(plan, wide)[0])
-    moments = load_moments(state.projected, initial)
+    moments = _carriable(config, state, initial)
     old = (state.q, state.r, state.singular_values)
     current = (old, moments, state.subspace_overlap, jnp.zeros((), bool))
     if matrices and config.stagger:
@@ -111,11 +112,22 @@ def prepare_low(
     low = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in low.items()}
     others = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in others.items()}
     usable = jnp.isfinite(total(jnp.sum(g * g) for g in (*low.values(), *others.values())))
-    moments = load_moments(state.projected, config.inner.init(low))
+    moments = _carriable(config, state, config.inner.init(low))
     old = (state.q, state.r, state.singular_values)
     no = jnp.zeros((), bool)
     shares = (state.captured_energy, state.subspace_overlap)
     return Prepared(low, others, old, moments, no, usable, *shares)
+
+
+def _carriable(config: LowRankConfig, state: LowRankState, initial: Any) -> Any:
+    """The inner state of the projected leaves, as it computes if a refresh may change it.
+
+    Otherwise as it is kept: loaded, it would leave the conditional of a refresh, and take its
+    memory in float32, before anything needs it.
+    """
+    if config.moment_transport == "keep":
+        return state.projected
+    return load_moments(state.projected, initial)
 
 
 def complete(
@@ -153,7 +165,8 @@ def complete(
     prepared = prepared._replace(low=zeroed(prepared.low), others=zeroed(prepared.others))
     projectors = projectors_of(plan, *prepared.subspaces[:2])
     inner_update: Callable[..., Any] = config.inner.update
-    inner_low, projected = inner_update(prepared.low, prepared.projected, None, **extra_args)
+    moments = load_moments(prepared.projected, config.inner.init(prepared.low))
+    inner_low, projected = inner_update(prepared.low, moments, None, **extra_args)
     initial_others = config.inner.init(prepared.others)
     inner_rest, others = inner_update(
         prepared.others, load_moments(state.others, initial_others), None, **extra_args

@@ -253,7 +253,7 @@ def _installed(
 ) -> LowRankState:
     q, r, values = subspaces
     dtype = config.stored_moment_dtype()
-    # Carried by "keep" they are as they were, and rounding them again changes nothing.
+    # Carried by "keep" they are as they were, and storing them again changes nothing.
     stored = store_moments(moments, dtype, None)
     new = state._replace(
         q=q,

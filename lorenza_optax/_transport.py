@@ -7,14 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorenza_optax._inner import FIRST_MOMENTS
+from lorenza_optax._inner import FIRST_MOMENTS, SECOND_MOMENT
 from lorenza_optax._linalg import matmul
 
 __all__ = ["TRANSPORTS", "check_rotatable", "transport"]
 
 TRANSPORTS = ("keep", "reset", "rotate")
-
-SECOND_MOMENT = "nu"
 
 
 def transport(

@@ -169,7 +169,7 @@ def adazo_sam(
       estimator: As in :func:`zo_sam_perturbation`, likewise the next two.
       probe_batch_size: How many probes are evaluated at once.
       perturb_every: Perturb each k-th step only.
-      moment_dtype: "float32" (None) or "bfloat16", rounded stochastically.
+      moment_dtype: "float32" (None), "bfloat16" or "int8", as in :func:`lorenza`.
       axis_name: Mapped axis over which the loss is per device.
       seed: Seed of the directions.
 
