@@ -132,12 +132,13 @@ def decoder_tensors(config, seed=0):
     def linear(name, outputs, inputs, has_bias=False):
         tensors[f"{name}.weight"] = rng.normal(size=(outputs, inputs)) / inputs**0.5
         if has_bias:
-            tensors[f"{name}.bias"] = rng.normal(size=outputs)
+            tensors[f"{name}.bias"] = 0.3 * rng.normal(size=outputs)
 
     def norm(name):
         tensors[f"{name}.weight"] = 1 + 0.3 * rng.normal(size=hidden)
 
-    tensors["model.embed_tokens.weight"] = rng.normal(size=(config["vocab_size"], hidden))
+    # Small, so that the layers decide what comes next: else each token repeats itself.
+    tensors["model.embed_tokens.weight"] = 0.1 * rng.normal(size=(config["vocab_size"], hidden))
     for i in range(config["num_hidden_layers"]):
         layer, has_bias = f"model.layers.{i}", config["model_type"] == "qwen2"
         norm(f"{layer}.input_layernorm")
