@@ -162,10 +162,14 @@ def decoder_tokenizer():
     tokenizer.add_special_tokens([BEGIN, END])
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{BEGIN} $A", special_tokens=[(BEGIN, BEGIN_ID)]
-    )
+    tokenizer.post_processor = template(f"{BEGIN} $A")
     return tokenizer
+
+
+def template(single):
+    return tokenizers.processors.TemplateProcessing(
+        single=single, special_tokens=[(BEGIN, BEGIN_ID), (END, END_ID)]
+    )
 
 
 def write_decoder(folder, tensors=None, shards=1, **changes):
