@@ -244,8 +244,8 @@ def read_config(folder, num_labels, dtype):
     """(config, files) of a folder, without its weights."""
     files = hub_files.read(folder)
     expected = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-    sizes = hub_files.sizes(files, expected, CONFIG_KEYS)
-    return BertConfig(**sizes, num_labels=num_labels, dtype=dtype), files
+    more = {"num_labels": num_labels, "dtype": dtype}
+    return hub_files.config(files, BertConfig, expected, CONFIG_KEYS, **more), files
 
 
 def read_parameters(files, config, seed):

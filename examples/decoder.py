@@ -68,12 +68,14 @@ def read_config(folder, dtype):
         raise SystemExit(
             f"{path}: model_type is {kind!r}; this model is for {' and '.join(HAS_QKV_BIAS)}."
         )
-    sizes = hub_files.sizes(files, EXPECTED, CONFIG_KEYS)
     if others := set(content.get("layer_types") or ()) - {"full_attention"}:
         raise SystemExit(f"{path}: layer_types has {others.pop()!r}; this model has full_attention")
     theta, scaling = _rope(path, content)
-    config = llama.LlamaConfig(
-        **sizes,
+    config = hub_files.config(
+        files,
+        llama.LlamaConfig,
+        EXPECTED,
+        CONFIG_KEYS,
         dtype=dtype,
         num_kv_heads=content.get("num_key_value_heads"),
         head_dim=content.get("head_dim"),
@@ -123,7 +125,7 @@ def end_tokens(files):
     path = files.folder / "config.json"
     contents = [files.config]
     if (generation := files.folder / "generation_config.json").is_file():
-        contents.append(hub_files.read_json(generation))
+        contents.append(hub_files.read_object(generation))
     given = [content.get("eos_token_id") for content in contents]
     lists = [ids if isinstance(ids, list) else [ids] for ids in given if ids is not None]
     ids = tuple(dict.fromkeys(number for numbers in lists for number in numbers))

@@ -45,7 +45,7 @@ class Files(NamedTuple):
 def read(folder=None):
     """The files of a folder, or of the installed PACKAGE if it is None."""
     folder = package_folder() if folder is None else pathlib.Path(folder).expanduser()
-    config = _readable(folder / "config.json", read_json)
+    config = read_object(folder / "config.json")
     tokenizer = _readable(
         folder / "tokenizer.json", lambda path: tokenizers.Tokenizer.from_file(str(path))
     )
@@ -80,7 +80,12 @@ def package_folder():
     return pathlib.Path(spec.origin).parent / "model"
 
 
-def read_json(path):
+def read_object(path):
+    """The content of a JSON file that holds an object."""
+    return _readable(path, _object)
+
+
+def _object(path):
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError("it should hold an object")
@@ -115,24 +120,36 @@ def _tensors(path):
 
 def _cut_off(path):
     """Which tensor a truncated file ends in, if its header is whole."""
-    raw = path.read_bytes()
-    start = 8 + int.from_bytes(raw[:8], "little")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > size:
+            return ""
+        header = file.read(start - 8)
     try:
-        header = json.loads(raw[8:start])
         ends = sorted(
             (entry["data_offsets"][1] + start, name)
-            for name, entry in header.items()
+            for name, entry in json.loads(header).items()
             if name != "__metadata__"
         )
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         return ""
-    lost = [f"; {name} should end at byte {end}" for end, name in ends if end > len(raw)]
-    return f": the file ends at byte {len(raw)}{lost[0]}" if lost else ""
+    lost = [
+        f": the file ends at byte {size}; {n} should end at {end}" for end, n in ends if end > size
+    ]
+    return lost[0] if lost else ""
+
+
+def _weight_map(path):
+    placed = _object(path)["weight_map"]
+    if not all(isinstance(shard, str) for shard in placed.values()):
+        raise ValueError("weight_map should give the file of each tensor")
+    return placed
 
 
 def _sharded(folder):
     index = folder / INDEX
-    placed = _readable(index, lambda path: dict(read_json(path)["weight_map"]))
+    placed = _readable(index, _weight_map)
     shards = {}
     for shard in sorted(set(placed.values())):
         path = folder / shard
@@ -151,13 +168,15 @@ def _sharded(folder):
     return {name: shards[shard][name] for name, shard in placed.items()}
 
 
-def sizes(files, expected, keys):
-    """The fields of a model's config from config.json.
+def config(files, make, expected, keys, **more):
+    """A model's config from config.json.
 
     Args:
       files: a checkpoint.
+      make: the config's class.
       expected: what the model is fixed to, key: value; a key that is absent is taken to be so.
-      keys: field: key of config.json.
+      keys: the sizes, field: key of config.json.
+      **more: the other fields.
     """
     path, content = files.folder / "config.json", files.config
     for key, value in expected.items():
@@ -165,13 +184,19 @@ def sizes(files, expected, keys):
             raise SystemExit(f"{path}: {key} is {content[key]!r}; this model has {value!r} only.")
     if missing := [key for key in keys.values() if key not in content]:
         raise SystemExit(f"{path}: {', '.join(missing)} missing.")
+    for key in keys.values():
+        if not isinstance(content[key], int | float) or content[key] <= 0:
+            raise SystemExit(f"{path}: {key} is {content[key]!r}; it should be a positive number.")
     known, rows = files.tokenizer.get_vocab_size(), content["vocab_size"]
     if known > rows:
         raise SystemExit(
             f"{files.folder}: tokenizer.json has {known} tokens and config.json a vocab_size of "
             f"{rows}: the two are not of one checkpoint."
         )
-    return {field: content[key] for field, key in keys.items()}
+    try:
+        return make(**{field: content[key] for field, key in keys.items()}, **more)
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}.") from None
 
 
 def parameters(files, abstract_params, file_name, is_unread):

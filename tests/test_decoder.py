@@ -231,6 +231,9 @@ def test_end_tokens_are_those_of_both_configs(tmp_path):
     assert decoder.end_tokens(files) == (3, 5)
     (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
     assert decoder.end_tokens(files) == (3, 5, 7)
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"generation_config.json: cannot be read"):
+        decoder.end_tokens(files)
     for wrong in (None, 100_000):
         files = hub_files.read(checkpoints.write_decoder(tmp_path, eos_token_id=wrong))
         (folder / "generation_config.json").write_text("{}")
@@ -255,6 +258,11 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "positions of type 'linear'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "whole heads"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor, low_freq_factor, .* missing"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; it should be a positive number"),
+        (
+            {"num_key_value_heads": 3},
+            "config.json: num_heads=4 must be a multiple of num_kv_heads=3",
+        ),
         ({"vocab_size": 100}, "258 tokens .* vocab_size of 100"),
     ],
 )
@@ -332,6 +340,7 @@ def place(name, shard):
         (place(UP, "../other.safetensors"), rf"{INDEX}: {UP} should be in \.\./other"),
         (lambda folder: (folder / INDEX).write_text("{}"), f"{INDEX}: cannot be read"),
         (lambda folder: (folder / INDEX).write_text("[1]"), f"{INDEX}: cannot be read"),
+        (place(UP, 3), f"{INDEX}: cannot be read.*the file of each tensor"),
     ],
 )
 def test_wrong_shards_are_refused(tmp_path, change, message):
