@@ -27,6 +27,7 @@ try:
     import decoder
     import glue
     import gsm8k
+    import hub_files
     import llama
     import machine
     import optimizers
@@ -120,8 +121,8 @@ def encoder(arguments):
         }
 
     return Subject(
-        f"{files.folder.name} on {task.folder}: {len(examples):,} examples to train on, "
-        f"{len(dataset.dev):,} of the development set",
+        f"{arguments.checkpoint or hub_files.PACKAGE} on {task.folder}: {len(examples):,} examples "
+        f"to train on, {len(dataset.dev):,} of the development set",
         loss,
         bert.abstract(config)[1],
         lambda: bert.read_parameters(files, config, arguments.seed),
@@ -173,7 +174,7 @@ def instructed_decoder(arguments):
         return {"exact_match": gsm8k.exact_match(test, answers[: len(test)])}
 
     return Subject(
-        f"{files.folder.name} ({llama.parameter_count(config):,} parameters) on GSM8K: "
+        f"{arguments.checkpoint} ({llama.parameter_count(config):,} parameters) on GSM8K: "
         f"{batches.size(train):,} examples to train on ({left_out:,} longer than "
         f"{max_len} tokens left out), {batches.size(held_out):,} to validate, {len(test):,} "
         "questions to answer",
