@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent / "examples"))
 
+import batches  # noqa: E402
 import bert  # noqa: E402
 import corpus  # noqa: E402
 import glue  # noqa: E402
@@ -17,7 +18,6 @@ import lorenza_optax  # noqa: E402
 import optimizers  # noqa: E402
 import pretrain  # noqa: E402
 
-MAX_LEN = {"sst2": 64, "rte": 128}
 BATCH_SIZE, RANK, UPDATE_PROJ_GAP = 16, 8, 50
 # Fine-tuning on SST-2, 60 steps, mean loss of the last 20: 3e-4 0.49, 1e-3 0.40, 3e-3 0.40.
 LEARNING_RATE = 1e-3
@@ -80,12 +80,12 @@ def main_job(arguments):
 def fine_tuning(name, arguments):
     config, params, tokenizer = bert.load_checkpoint(None, num_labels=2, seed=arguments.seed)
     examples = glue.load(name, arguments.data_dir).train
-    tokens = glue.tokenize(tokenizer, examples, MAX_LEN[name])
+    tokens = glue.tokenize(tokenizer, examples, glue.TASKS[name].max_len)
     return Task(
         f"Fine-tuning: MiniLM-L6, {glue.TASKS[name].folder}",
         bert.loss_of(config),
         params,
-        lambda step: glue.train_batch(tokens, arguments.seed, step, BATCH_SIZE),
+        lambda step: batches.train_batch(tokens, arguments.seed, step, BATCH_SIZE),
         LEARNING_RATE,
         optimizers.Settings(RANK, UPDATE_PROJ_GAP, arguments.rho, arguments.seed),
         arguments.steps or 150,

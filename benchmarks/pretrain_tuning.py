@@ -98,7 +98,7 @@ def run_trial(name, hyperparameters, plan, data, display):
     label = " ".join([name, *(f"{k}={v}" for k, v in hyperparameters.items())])
     with tempfile.TemporaryDirectory() as folder:
         optimizers.OPTIMIZERS[label] = entry
-        result = training.train(label, peak, plan, data, folder, display)
+        result = training.train(label, peak, pretrain.problem_of(plan, data), folder, display)
         del optimizers.OPTIMIZERS[label]
     return result | {"optimizer": name}
 

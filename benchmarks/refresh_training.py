@@ -79,7 +79,7 @@ def _train(refresh, plan, data, console):
         losses.append(float(value))  # waits for the step
         seconds.append(time.perf_counter() - started)
     held_out = corpus.validation_batches(
-        data.validation, training.VALIDATION_BATCHES, plan.batch_size, plan.seq_len
+        data.validation, pretrain.VALIDATION_BATCHES, plan.batch_size, plan.seq_len
     )
     by_age = {
         age: statistics.fmean(row["share_of_best"] for row in energies if row["age"] == age)

@@ -8,7 +8,8 @@ N heads, H width of a head, C labels. `x_TxD` has shape (T, D).
 
 Training code sees pure functions only: `load_checkpoint` gives a nested dict of parameters, and
 `loss_of(config)` maps (params, batch) to a scalar. A batch is a dict of integer arrays:
-input_ids, attention_mask (1 token, 0 padding), token_type_ids, all (B, L), and labels, (B,).
+input_ids, attention_mask (1 token, 0 padding), token_type_ids, all (B, L), and labels, (B,), which
+are floats where there is one label only (regression).
 """
 
 import dataclasses
@@ -182,8 +183,12 @@ def logits_of(config):
 
 @functools.cache
 def loss_of(config):
-    """Mean cross-entropy in nats."""
+    """Mean cross-entropy in nats; with one label, which is a number then, mean squared error."""
     logits = logits_of(config)
+    if config.num_labels == 1:
+        return lambda params, batch: jnp.mean(
+            jnp.square(logits(params, batch)[:, 0] - batch["labels"])
+        )
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     return lambda params, batch: cross_entropy(logits(params, batch), batch["labels"]).mean()
 
@@ -231,68 +236,44 @@ def load_checkpoint(folder, num_labels, seed, dtype="float32"):
 
     The encoder is read from the files (see `hub_files.py`); the head is random from the seed.
     """
+    config, files = read_config(folder, num_labels, dtype)
+    return config, read_parameters(files, config, seed), files.tokenizer
+
+
+def read_config(folder, num_labels, dtype):
+    """(config, files) of a folder, without its weights."""
     files = hub_files.read(folder)
-    config = _config(files, num_labels, dtype)
-    known = files.tokenizer.get_vocab_size()
-    if known > config.vocab_size:
-        raise SystemExit(
-            f"{files.folder}: tokenizer.json has {known} tokens and config.json a vocab_size of "
-            f"{config.vocab_size}: the two are not of one checkpoint."
-        )
-    path = files.folder / "model.safetensors"
-    return config, _parameters(path, files.tensors, config, seed), files.tokenizer
-
-
-def _config(files, num_labels, dtype):
-    path, content = files.folder / "config.json", files.config
     expected = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-    for key, value in expected.items():
-        if content.get(key, value) != value:
-            raise SystemExit(f"{path}: {key} is {content[key]!r}; this model has {value!r} only.")
-    missing = [key for key in CONFIG_KEYS.values() if key not in content]
-    if missing:
-        raise SystemExit(f"{path}: {', '.join(missing)} missing.")
-    sizes = {field: content[key] for field, key in CONFIG_KEYS.items()}
-    return BertConfig(**sizes, num_labels=num_labels, dtype=dtype)
+    more = {"num_labels": num_labels, "dtype": dtype}
+    return hub_files.config(files, BertConfig, expected, CONFIG_KEYS, **more), files
 
 
-def _parameters(path, tensors, config, seed):
+def read_parameters(files, config, seed):
     # The bare encoder's names: some models prefix `bert.`, and old files say gamma and beta.
     older = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    names = {key: key.removeprefix("bert.") for key in tensors}
+    names = {key: key.removeprefix("bert.") for key in files.tensors}
     for old, new in older.items():
         names = {key: name.replace(old, new) for key, name in names.items()}
-    tensors = {names[key]: value for key, value in tensors.items()}
+    files = files._replace(tensors={names[key]: value for key, value in files.tensors.items()})
 
-    def parameter(key_path, leaf):
-        *module, kind = [str(entry.key) for entry in key_path]
-        transposed = kind == "kernel"  # PyTorch's Linear keeps (out, in)
-        if module == ["head"]:
-            noise = HEAD_STDDEV * jax.random.normal(jax.random.key(seed), leaf.shape)
-            return (noise if transposed else jnp.zeros_like(noise)).astype(leaf.dtype)
-        key = _file_key(module, kind)
-        if key not in tensors:
-            raise SystemExit(f"{path}: {key} is missing. Is this a BERT checkpoint?")
-        value, shape = tensors.pop(key), leaf.shape[::-1] if transposed else leaf.shape
-        if value.shape != shape:
-            raise SystemExit(
-                f"{path}: {key} has shape {value.shape}, and by config.json it should be {shape}."
-            )
-        return jnp.asarray(value.T if transposed else value, dtype=leaf.dtype)
-
-    params = jax.tree_util.tree_map_with_path(parameter, abstract(config)[1])
+    encoder = dict(abstract(config)[1])
+    head = encoder.pop("head")
+    noise = HEAD_STDDEV * jax.random.normal(jax.random.key(seed), head["kernel"].shape)
     # The pooler and the heads of pre-training are not used; a layer left over is a mistake.
-    if unread := sorted(key for key in tensors if key.startswith("encoder.")):
-        raise SystemExit(
-            f"{path}: {unread[0]} ({len(unread)} such tensors) has no place in the model that "
-            "config.json describes."
-        )
-    return params
+    params = hub_files.parameters(
+        files, encoder, _file_name, is_unread=lambda name: not name.startswith("encoder.")
+    )
+    return params | {
+        "head": {
+            "kernel": noise.astype(head["kernel"].dtype),
+            "bias": jnp.zeros(head["bias"].shape, head["bias"].dtype),
+        }
+    }
 
 
-def _file_key(module, kind):
-    """(["layers", "0", "output"], "kernel") is "encoder.layer.0.output.dense.weight"."""
+def _file_name(module):
+    """["layers", "0", "output"] is "encoder.layer.0.output.dense"."""
     prefix = ""
     if module[0] == "layers":
         prefix, module = f"encoder.layer.{module[1]}.", module[2:]
-    return f"{prefix}{FILE_NAMES['/'.join(module)]}.{'bias' if kind == 'bias' else 'weight'}"
+    return prefix + FILE_NAMES["/".join(module)]

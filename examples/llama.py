@@ -1,7 +1,11 @@
-"""A Llama in Flax NNX: RMSNorm, rotary positions, SwiGLU, causal attention, untied head.
+"""A Llama in Flax NNX: RMSNorm, rotary positions, SwiGLU, causal attention.
+
+The presets are for pre-training; `decoder.py` reads checkpoints of Llama's and Qwen2's kind into
+the same model, which have grouped queries, biases, a tied head.
 
 Shapes are written into the names: B batch, L length, T = B * L tokens, D hidden width,
-F feed-forward width, N heads, H width of a head, V vocabulary. `x_TxD` has shape (T, D).
+F feed-forward width, N heads, K heads of keys and values, G = N / K, H width of a head,
+S positions that are attended to, V vocabulary. `x_TxD` has shape (T, D).
 
 Outside attention the tokens of a batch stand in one axis T: every weight then meets a matrix,
 which XLA's CPU backend multiplies faster than (B, L, D) in the backward pass (tiny preset,
@@ -17,7 +21,22 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 stretches its positions: low frequencies are divided by `factor`.
+
+    A frequency is kept if `original_length` holds more than `high_turns` of its turns, divided if
+    less than `low_turns`, and in between both in proportion.
+    """
+
+    factor: float
+    low_turns: float
+    high_turns: float
+    original_length: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +49,32 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     dtype: str = "float32"  # of the weights and of the arithmetic between them
+    num_kv_heads: int | None = None  # each serves a group of queries; None: one for every head
+    head_dim: int | None = None  # None: hidden_size / num_heads
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    tied: bool = False  # whether the embedding is the head too
 
     def __post_init__(self):
-        if self.hidden_size % (2 * self.num_heads):
+        if self.head_dim is None and self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be an even multiple of "
                 f"num_heads={self.num_heads}: each head needs a whole, even width (rotary pairs)"
             )
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even (rotary pairs)")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.kv_heads}"
+            )
+
+    @property
+    def kv_heads(self):
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self):
+        return self.head_dim or self.hidden_size // self.num_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +108,22 @@ PRESETS = {
 }
 
 
-def rotary(x_BxLxNxH, theta):
-    """Turns each pair (i, i + H/2) of a head's coordinates by position * theta^(-2i/H)."""
-    length, width = x_BxLxNxH.shape[1], x_BxLxNxH.shape[-1]
-    frequency_h = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle_Lx1xh = (jnp.arange(length, dtype=jnp.float32)[:, None] * frequency_h)[:, None, :]
-    cos, sin = jnp.cos(angle_Lx1xh), jnp.sin(angle_Lx1xh)
+def rotary_frequencies(config):
+    """Radians per position of each pair of a head's coordinates, (H / 2,)."""
+    width, scaling = config.head_width, config.rope_scaling
+    frequency_h = config.rope_theta ** (-np.arange(0, width, 2) / width)
+    if scaling is not None:
+        turns_h = scaling.original_length * frequency_h / (2 * math.pi)
+        span = scaling.high_turns - scaling.low_turns
+        kept_h = np.clip((turns_h - scaling.low_turns) / span, 0, 1)
+        frequency_h *= kept_h + (1 - kept_h) / scaling.factor
+    return frequency_h.astype(np.float32)
+
+
+def rotary(x_BxLxNxH, position_BxL, frequency_h):
+    """Turns each pair (i, i + H/2) of a head's coordinates by position * frequency."""
+    angle_BxLx1xh = position_BxL[..., None, None].astype(jnp.float32) * frequency_h
+    cos, sin = jnp.cos(angle_BxLx1xh), jnp.sin(angle_BxLx1xh)
     first, second = jnp.split(x_BxLxNxH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BxLxNxH.dtype)
@@ -84,31 +132,50 @@ def rotary(x_BxLxNxH, theta):
 class Attention(nnx.Module):
     def __init__(self, config, *, rngs):
         self.config = config
+        hidden, width = config.hidden_size, config.head_width
 
-        def linear():
-            return _linear(config, config.hidden_size, config.hidden_size, rngs)
+        def linear(heads):
+            return _linear(config, hidden, heads * width, rngs, use_bias=config.qkv_bias)
 
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = linear(), linear(), linear(), linear()
+        self.q_proj = linear(config.num_heads)
+        self.k_proj, self.v_proj = linear(config.kv_heads), linear(config.kv_heads)
+        self.o_proj = _linear(config, config.num_heads * width, hidden, rngs)
 
-    def __call__(self, x_TxD, length):
-        hidden, heads = self.config.hidden_size, self.config.num_heads
+    def __call__(self, x_TxD, position_BxL, cache=None):
+        """Attends to the positions up to each token's own: among the given tokens, or in a cache.
+
+        A cache is a pair of keys and values, each (B, S, K, H), that hold at index s what stands
+        at position s. The given tokens are written into it first.
+        """
+        config, length = self.config, position_BxL.shape[1]
+        width, kv_heads = config.head_width, config.kv_heads
+        frequency_h = rotary_frequencies(config)
 
         def split_heads(y_TxD):
-            return y_TxD.reshape(-1, length, heads, hidden // heads)
+            return y_TxD.reshape(-1, length, y_TxD.shape[-1] // width, width)
 
-        q_BxLxNxH = rotary(split_heads(self.q_proj(x_TxD)), self.config.rope_theta)
-        k_BxLxNxH = rotary(split_heads(self.k_proj(x_TxD)), self.config.rope_theta)
-        v_BxLxNxH = split_heads(self.v_proj(x_TxD))
+        q_BxLxNxH = rotary(split_heads(self.q_proj(x_TxD)), position_BxL, frequency_h)
+        k_BxSxKxH = rotary(split_heads(self.k_proj(x_TxD)), position_BxL, frequency_h)
+        v_BxSxKxH = split_heads(self.v_proj(x_TxD))
+        if cache is not None:
+            row_Bx1 = jnp.arange(len(position_BxL))[:, None]
+            k_BxSxKxH, v_BxSxKxH = cache = (
+                cache[0].at[row_Bx1, position_BxL].set(k_BxSxKxH),
+                cache[1].at[row_Bx1, position_BxL].set(v_BxSxKxH),
+            )
 
         # Scores and softmax in float32, also when the weights are bfloat16.
-        score_BxNxLxL = jnp.einsum(
-            "BQNH,BKNH->BNQK", q_BxLxNxH, k_BxLxNxH, preferred_element_type=jnp.float32
-        ) / math.sqrt(hidden // heads)
-        causal_LxL = jnp.tril(jnp.ones((length, length), dtype=bool))
-        score_BxNxLxL = jnp.where(causal_LxL, score_BxNxLxL, jnp.finfo(jnp.float32).min)
-        weight_BxNxLxL = jax.nn.softmax(score_BxNxLxL, axis=-1).astype(v_BxLxNxH.dtype)
-        mixed_BxLxNxH = jnp.einsum("BNQK,BKNH->BQNH", weight_BxNxLxL, v_BxLxNxH)
-        return self.o_proj(mixed_BxLxNxH.reshape(-1, hidden))
+        q_BxLxKxGxH = q_BxLxNxH.reshape(*q_BxLxNxH.shape[:2], kv_heads, -1, width)
+        score_BxKxGxLxS = jnp.einsum(
+            "BLKGH,BSKH->BKGLS", q_BxLxKxGxH, k_BxSxKxH, preferred_element_type=jnp.float32
+        ) / math.sqrt(width)
+        causal_BxLxS = jnp.arange(k_BxSxKxH.shape[1]) <= position_BxL[..., None]
+        score_BxKxGxLxS = jnp.where(
+            causal_BxLxS[:, None, None], score_BxKxGxLxS, jnp.finfo(jnp.float32).min
+        )
+        weight_BxKxGxLxS = jax.nn.softmax(score_BxKxGxLxS, axis=-1).astype(v_BxSxKxH.dtype)
+        mixed_BxLxKxGxH = jnp.einsum("BKGLS,BSKH->BLKGH", weight_BxKxGxLxS, v_BxSxKxH)
+        return self.o_proj(mixed_BxLxKxGxH.reshape(-1, config.num_heads * width)), cache
 
 
 class SwiGLU(nnx.Module):
@@ -129,9 +196,10 @@ class Block(nnx.Module):
         self.feed_forward_norm = _norm(config, rngs)
         self.feed_forward = SwiGLU(config, rngs=rngs)
 
-    def __call__(self, x_TxD, length):
-        x_TxD = x_TxD + self.attention(self.attention_norm(x_TxD), length)
-        return x_TxD + self.feed_forward(self.feed_forward_norm(x_TxD))
+    def __call__(self, x_TxD, position_BxL, cache):
+        attended_TxD, cache = self.attention(self.attention_norm(x_TxD), position_BxL, cache)
+        x_TxD = x_TxD + attended_TxD
+        return x_TxD + self.feed_forward(self.feed_forward_norm(x_TxD)), cache
 
 
 class Llama(nnx.Module):
@@ -142,19 +210,35 @@ class Llama(nnx.Module):
         )
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = _norm(config, rngs)
-        self.head = _linear(config, config.hidden_size, config.vocab_size, rngs)
+        if not config.tied:
+            self.head = _linear(config, config.hidden_size, config.vocab_size, rngs)
+
+    def scores(self, x_TxD):
+        return self.head(x_TxD) if hasattr(self, "head") else self.embed.attend(x_TxD)
 
     def __call__(self, tokens_BxL):
-        batch, length = tokens_BxL.shape
-        x_TxD = self.embed(tokens_BxL.reshape(-1))
-        for block in self.blocks:
-            x_TxD = block(x_TxD, length)
-        return self.head(self.norm(x_TxD)).reshape(batch, length, -1)
+        position_1xL = jnp.arange(tokens_BxL.shape[1])[None]
+        x_TxD, _ = self.states(tokens_BxL, position_1xL, [None] * len(self.blocks))
+        return self.scores(x_TxD).reshape(*tokens_BxL.shape, -1)
+
+    def states(self, tokens_BxL, position_BxL, caches):
+        """(last states (T, D), caches): the tokens' own, given what the caches hold."""
+        x_TxD, after = self.embed(tokens_BxL.reshape(-1)), []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x_TxD, cache = block(x_TxD, position_BxL, cache)
+            after.append(cache)
+        return self.norm(x_TxD), after
 
 
-def _linear(config, inputs, outputs, rngs):
-    dtype = jnp.dtype(config.dtype)
-    return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+def _linear(config, inputs, outputs, rngs, use_bias=False):
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=use_bias,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+    )
 
 
 def _norm(config, rngs):
@@ -191,13 +275,18 @@ def logits(graphdef, params, tokens_BxL):
     return nnx.merge(graphdef, params)(tokens_BxL).astype(jnp.float32)
 
 
-def loss(graphdef, params, tokens_BxL):
-    """Mean cross-entropy, in nats, of each token given those before it."""
+def token_losses(graphdef, params, tokens_BxL):
+    """Cross-entropy, in nats, of each token but the first given those before it, (B, L - 1)."""
     logits_BxLxV = logits(graphdef, params, tokens_BxL[:, :-1])
     target_BxL = tokens_BxL[:, 1:]
     log_sum_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
     picked_BxL = jnp.take_along_axis(logits_BxLxV, target_BxL[..., None], axis=-1)[..., 0]
-    return jnp.mean(log_sum_BxL - picked_BxL)
+    return log_sum_BxL - picked_BxL
+
+
+def loss(graphdef, params, tokens_BxL):
+    """The mean of `token_losses`."""
+    return jnp.mean(token_losses(graphdef, params, tokens_BxL))
 
 
 @functools.cache  # the same function again, so that its compiled forms are found again

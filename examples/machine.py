@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 import llama
 import optimizers
+import reporting
 
 
 class Need(NamedTuple):
@@ -55,6 +56,21 @@ def _activation_bytes(model, batch_size, seq_len):
     # Logits, their exponentials and their gradient, in float32.
     head = 3 * 4 * model.vocab_size
     return batch_size * seq_len * (model.num_layers * per_token + head)
+
+
+def shortage(need, available):
+    """What is lacking, as a sentence; None where it fits, or where that cannot be told."""
+    if available is None or sum(need) <= available:
+        return None
+    parts = ", ".join(
+        f"{field.replace('_', ' ')} {reporting.size(value)}"
+        for field, value in zip(need._fields, need, strict=True)
+        if value
+    )
+    return (
+        f"needs about {reporting.size(sum(need))} ({parts}), and {reporting.size(available)} are "
+        "available."
+    )
 
 
 def available_bytes():

@@ -1,4 +1,4 @@
-"""The optimizers that `pretrain.py` compares, how each is called, and its learning rate."""
+"""The optimizers that the training programs compare, how each is called, and its learning rate."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,6 +18,15 @@ LEARNING_RATES = {
     "adamw": 3e-3,
     "galore": 1e-2,
     "sam": 3e-3,
+}
+# Of fine-tuning, `finetune.py`.
+FINE_TUNING_LEARNING_RATES = {
+    "lorenza": 1e-3,
+    "lorenza_plus": 1e-3,
+    "adazo_sam": 1e-4,
+    "adamw": 1e-4,
+    "galore": 5e-4,
+    "sam": 1e-4,
 }
 # Of the projected matrices' updates in the LORENZA family: those do best at a smaller step than
 # the embedding and the norms, which run Adam in full.
@@ -73,8 +82,19 @@ def adamw(learning_rate, settings):
 
 
 def galore(learning_rate, settings):
+    def same_matrices(params):
+        """Those that LORENZA projects; of itself galore projects the embedding too."""
+        plan = lorenza_optax.projection_plan(params, settings.rank)
+        numbers = optax.contrib.GaLoreDimensionNumbers()
+        leaves = [numbers if path in plan.projected else None for path in plan.leaves]
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
     return optax.contrib.galore(
-        learning_rate, settings.rank, settings.update_proj_gap, weight_decay=WEIGHT_DECAY
+        learning_rate,
+        settings.rank,
+        settings.update_proj_gap,
+        weight_decay=WEIGHT_DECAY,
+        weight_dimension_numbers=same_matrices,
     )
 
 

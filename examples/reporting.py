@@ -11,6 +11,8 @@ matplotlib.use("Agg")  # files only, no window
 
 from matplotlib import pyplot
 
+import training
+
 BASELINE = "adamw"
 
 
@@ -51,12 +53,17 @@ class Display:
             self._started = time.perf_counter() - line["seconds"]
         self._loss = number(line["loss"])
         if "validation_loss" in line:
-            self._validation = number(line["validation_loss"])
+            metrics = (
+                f"{key} {number(value)}"
+                for key, value in line.items()
+                if key not in (*training.OF_EVERY_STEP, "validation_loss")
+            )
+            self._validation = "  ".join([number(line["validation_loss"]), *metrics])
         if line["loss"] is None and self._name not in self._warned:
             self._warned.add(self._name)
             self.note(
                 f"{self._name}: the loss is not finite at step {line['step']}; "
-                "a lower --lr usually helps"
+                "a lower learning rate usually helps"
             )
         speed = f"{line['tokens_per_second']:,.0f}"
         if self._bar is not None:
@@ -107,13 +114,15 @@ def relative(results):
     return {result["optimizer"]: ratios(result) for result in results}
 
 
-def table(results):
+def table(results, title, metrics=()):
+    """The closing table; `metrics` are keys of the results that are shown beside the loss."""
     ratios = relative(results)
-    made = rich.table.Table(title="After training, on held-out text")
+    made = rich.table.Table(title=title)
     made.add_column("optimizer")
     for heading in (
         "lr",
         "validation loss",
+        *(metric.replace("_", " ") for metric in metrics),
         "optimizer state",
         "temporary memory",
         "time per step",
@@ -131,6 +140,7 @@ def table(results):
             name,
             f"{result['learning_rate']:g}",
             number(result["validation_loss"]),
+            *(number(result[metric]) for metric in metrics),
             with_ratio("optimizer_state_bytes", size(result["optimizer_state_bytes"])),
             with_ratio("temporary_bytes", "-" if temporary is None else size(temporary)),
             with_ratio("seconds_per_step", f"{1000 * result['seconds_per_step']:.3g} ms"),
@@ -138,40 +148,41 @@ def table(results):
     return made
 
 
-def plot(metrics_by_name, path):
-    """Training loss (light) and validation loss (dark) of each optimizer, in one picture."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for index, (name, lines) in enumerate(metrics_by_name.items()):
+def plot(lines_by_name, path, loss_unit, metrics=()):
+    """Training loss (light) and validation loss (dark) of each optimizer, in one picture.
+
+    Beside it one panel for each of the metrics that was measured in training.
+    """
+    everything = [line for lines in lines_by_name.values() for line in lines]
+    metrics = [m for m in metrics if any(line.get(m) is not None for line in everything)]
+    panels = 1 + len(metrics)
+    figure, axes = pyplot.subplots(
+        ncols=panels, figsize=(2 + 5 * panels, 4.5), layout="constrained", squeeze=False
+    )
+    losses, *others = axes[0]
+    for index, (name, lines) in enumerate(lines_by_name.items()):
         color = f"C{index % 10}"
-        trained = [line for line in lines if line["loss"] is not None]
-        held_out = [line for line in lines if line.get("validation_loss") is not None]
-        axes.plot(
-            [line["step"] for line in trained],
-            [line["loss"] for line in trained],
-            color=color,
-            alpha=0.3,
-            linewidth=1,
-        )
-        axes.plot(
-            [line["step"] for line in held_out],
-            [line["validation_loss"] for line in held_out],
-            color=color,
-            marker="o",
-            markersize=3,
-            label=name,
-        )
-    held_out = [
-        line["validation_loss"]
-        for lines in metrics_by_name.values()
-        for line in lines
-        if line.get("validation_loss") is not None
-    ]
+
+        def curve(axes, key, lines=lines, **style):
+            shown = [line for line in lines if line.get(key) is not None]
+            axes.plot([line["step"] for line in shown], [line[key] for line in shown], **style)
+
+        curve(losses, "loss", color=color, alpha=0.3, linewidth=1)
+        dark = {"color": color, "marker": "o", "markersize": 3, "label": name}
+        for panel, key in zip(axes[0], ("validation_loss", *metrics), strict=True):
+            curve(panel, key, **dark)
+    held_out = [line.get("validation_loss") for line in everything]
+    held_out = [loss for loss in held_out if loss is not None]
     if held_out:  # the fall of the first steps would flatten everything after it
-        axes.set_ylim(min(held_out) - 0.4, max(held_out) + 0.4)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title("Validation (dark) and training loss (light)")
-    axes.legend()
-    axes.grid(alpha=0.3)
+        losses.set_ylim(min(held_out) - 0.4, max(held_out) + 0.4)
+    losses.set_ylabel(f"loss ({loss_unit})")
+    losses.set_title("Validation (dark) and training loss (light)")
+    for panel, metric in zip(others, metrics, strict=True):
+        panel.set_ylabel(metric.replace("_", " "))
+        panel.set_title("On the development set")
+    for panel in axes[0]:
+        panel.set_xlabel("step")
+        panel.legend()
+        panel.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""One optimizer's training run: the loop, its metrics file, its checkpoints, its interruption.
+"""One optimizer's run on a problem: the loop, its metrics file, its checkpoints, its interruption.
 
 A run lives in its own folder: `metrics.jsonl` (one line a step), `checkpoints/` (Orbax, the two
 latest) and, once finished, `result.json`. A resumed run continues from the latest checkpoint with
@@ -14,31 +14,35 @@ import pathlib
 import signal
 import statistics
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-import corpus
-import llama
 import optimizers
 
-VALIDATION_BATCHES = 16
+# What stands in each line of the metrics file; the other values are those of an evaluation.
+OF_EVERY_STEP = ("step", "loss", "learning_rate", "seconds", "tokens_per_second")
 
 
-class Plan(NamedTuple):
+class Problem(NamedTuple):
     """What all optimizers of a comparison have in common."""
 
-    model: llama.LlamaConfig
+    loss: Callable  # (params, batch) -> scalar
+    abstract_params: Any  # the shapes of what `init` gives
+    init: Callable  # () -> params: fresh arrays, a training step overwrites them
+    batch_at: Callable  # step, from 0 -> batch
+    evaluate: Callable  # params -> a dict of numbers, validation_loss among them
+    tokens_per_step: int
     settings: optimizers.Settings
     steps: int
-    batch_size: int
-    seq_len: int
-    seed: int
     eval_every: int
     checkpoint_every: int
+    # Like `evaluate`, but for what is measured after the last step only.
+    score: Callable = lambda params: {}
 
 
 class Interrupted(Exception):
@@ -79,14 +83,13 @@ def train_step(entry, tx, loss, params, opt_state, batch):
     return optax.apply_updates(params, updates), opt_state, value
 
 
-def train(name, learning_rate, plan, data, folder, display):
+def train(name, learning_rate, problem, folder, display):
     """Trains with one optimizer, from its latest checkpoint if there is one.
 
     Args:
       name: a key of `optimizers.OPTIMIZERS`.
       learning_rate: the peak of the schedule.
-      plan: what the optimizers have in common.
-      data: a `corpus.Corpus`.
+      problem: what the optimizers have in common.
       folder: this optimizer's folder.
       display: told of every step, see `reporting.Display`.
 
@@ -104,33 +107,25 @@ def train(name, learning_rate, plan, data, folder, display):
     folder.mkdir(parents=True, exist_ok=True)
 
     entry = optimizers.OPTIMIZERS[name]
-    schedule = optimizers.learning_rate_schedule(learning_rate, plan.steps)
-    tx = entry.build(schedule, plan.settings)
-    loss = llama.loss_of(plan.model)
-    evaluate = jax.jit(loss)
-    held_out = corpus.validation_batches(
-        data.validation, VALIDATION_BATCHES, plan.batch_size, plan.seq_len
-    )
+    schedule = optimizers.learning_rate_schedule(learning_rate, problem.steps)
+    tx = entry.build(schedule, problem.settings)
 
     with StopRequest() as stop, _checkpoints(folder) as manager:
-        done, params, opt_state = _initial_or_restored(manager, plan, tx)
+        done, params, opt_state = _initial_or_restored(manager, problem, tx)
         metrics = _metrics_up_to(folder / "metrics.jsonl", done)
 
-        def batch_at(step):
-            return corpus.train_batch(data.train, plan.seed, step, plan.batch_size, plan.seq_len)
-
-        display.start(name, plan.steps, done)
+        display.start(name, problem.steps, done)
         # Compiled ahead, so that the program that runs is the one whose memory is reported.
         compiled = (
-            jax.jit(functools.partial(train_step, entry, tx, loss), donate_argnums=(0, 1))
-            .lower(params, opt_state, batch_at(0))
+            jax.jit(functools.partial(train_step, entry, tx, problem.loss), donate_argnums=(0, 1))
+            .lower(params, opt_state, problem.batch_at(0))
             .compile()
         )
         saved = done
         with (folder / "metrics.jsonl").open("a", buffering=1) as file:
-            while done < plan.steps and not stop.received:
+            while done < problem.steps and not stop.received:
                 started = time.perf_counter()
-                params, opt_state, value = compiled(params, opt_state, batch_at(done))
+                params, opt_state, value = compiled(params, opt_state, problem.batch_at(done))
                 value = float(value)  # waits for the step
                 seconds = time.perf_counter() - started
                 line = {
@@ -138,21 +133,20 @@ def train(name, learning_rate, plan, data, folder, display):
                     "loss": _finite(value),
                     "learning_rate": float(schedule(done)),
                     "seconds": seconds,
-                    "tokens_per_second": plan.batch_size * plan.seq_len / seconds,
+                    "tokens_per_second": problem.tokens_per_step / seconds,
                 }
                 done += 1
-                if done % plan.eval_every == 0 or done == plan.steps:
-                    values = [float(evaluate(params, batch)) for batch in held_out]
-                    line["validation_loss"] = _finite(statistics.fmean(values))
+                if done % problem.eval_every == 0 or done == problem.steps:
+                    line |= _finite_values(problem.evaluate(params))
                 metrics.append(line)
                 file.write(json.dumps(line) + "\n")
                 display.step(line)
-                if done % plan.checkpoint_every == 0:
+                if done % problem.checkpoint_every == 0:
                     saved = _save(manager, done, params, opt_state)
         if saved != done or manager.latest_step() is None:
             _save(manager, done, params, opt_state)
         display.stop()
-        if done < plan.steps:
+        if done < problem.steps:
             raise Interrupted(done)
 
     seconds = [line["seconds"] for line in metrics]
@@ -161,8 +155,9 @@ def train(name, learning_rate, plan, data, folder, display):
     result = {
         "optimizer": name,
         "learning_rate": learning_rate,
-        "steps": plan.steps,
-        "validation_loss": metrics[-1]["validation_loss"],
+        "steps": problem.steps,
+        **{key: value for key, value in metrics[-1].items() if key not in OF_EVERY_STEP},
+        **_finite_values(problem.score(params)),
         "train_loss": metrics[-1]["loss"],
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "optimizer_state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state)),
@@ -179,6 +174,10 @@ def train(name, learning_rate, plan, data, folder, display):
 def _finite(value):
     """JSON has no word for a diverged loss."""
     return value if math.isfinite(value) else None
+
+
+def _finite_values(values):
+    return {name: _finite(value) for name, value in values.items()}
 
 
 def _checkpoints(folder):
@@ -207,14 +206,14 @@ def _save(manager, step, params, opt_state):
     return step
 
 
-def _initial_or_restored(manager, plan, tx):
+def _initial_or_restored(manager, problem, tx):
     """(steps done, params, opt_state)."""
     latest = manager.latest_step()
     if latest is None:
-        params = llama.init(plan.model, plan.seed)
+        params = problem.init()
         return 0, params, jax.jit(tx.init)(params)
     # Shapes are enough to restore into: the arrays are in memory once.
-    _, params = llama.abstract(plan.model)
+    params = problem.abstract_params
     opt_state = jax.eval_shape(tx.init, params)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(

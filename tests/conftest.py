@@ -3,6 +3,8 @@
 import os
 from importlib import metadata
 
+import pytest
+
 # The older emitters compile 2.5 times as fast. XLA stops at a flag that it does not know, and
 # this one is sure to be known to the version that it was measured with.
 older_emitters = metadata.version("jaxlib").startswith("0.10.")
@@ -18,3 +20,21 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@pytest.fixture
+def compile_quickly(tmp_path_factory):
+    """For tests whose time is nearly all compilation: optimize little, and each program once."""
+    changed = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
+    }
+    import jax  # not before the flags above are set
+
+    before = {name: jax.config.values[name] for name in changed}
+    for name, value in changed.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)

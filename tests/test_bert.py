@@ -1,7 +1,6 @@
-"""BERT computes what its formulas say, from files in the hub's format; the GLUE files are read."""
+"""BERT computes what its formulas say, from files in the hub's format."""
 
 import importlib.util
-import json
 import math
 import pathlib
 import sys
@@ -10,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
-import tokenizers
+
+from lorenza_optax import projection_plan
+from tests import checkpoints
+from tests.checkpoints import HEADS, HIDDEN, INTERMEDIATE, LABELS, LAYERS, POSITIONS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -20,21 +21,6 @@ import bert  # noqa: E402
 import glue  # noqa: E402
 import hub_files  # noqa: E402
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "the", "cat", "dog", "sat", "ran", "on", "over"]
-WORDS += ["mat", "##s", "."]
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, POSITIONS, LABELS = 24, 40, 2, 3, 16, 3
-CONFIG = {
-    "model_type": "bert",
-    "hidden_act": "gelu",
-    "vocab_size": len(WORDS) + 5,  # checkpoints may have more rows than tokens
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "max_position_embeddings": POSITIONS,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-}
 PAIRS = [
     glue.Example(("the cat sat on the mat .", "a cat sat ."), 0),
     glue.Example(("the dog ran", "the dogs ran over the mat"), 2),
@@ -42,57 +28,9 @@ PAIRS = [
 ]
 
 
-def random_tensors(seed=0):
-    """A bare BertModel as PyTorch names and lays it out: a Linear's weight is (out, in)."""
-    rng = np.random.default_rng(seed)
-    tensors = {"embeddings.position_ids": np.arange(POSITIONS)[None]}
-
-    def linear(name, outputs, inputs):
-        tensors[f"{name}.weight"] = rng.normal(size=(outputs, inputs)) / inputs**0.5
-        tensors[f"{name}.bias"] = 0.3 * rng.normal(size=outputs)
-
-    def norm(name):
-        tensors[f"{name}.weight"] = 1 + 0.3 * rng.normal(size=HIDDEN)
-        tensors[f"{name}.bias"] = 0.3 * rng.normal(size=HIDDEN)
-
-    rows = {"word": CONFIG["vocab_size"], "position": POSITIONS, "token_type": 2}
-    for name, count in rows.items():
-        tensors[f"embeddings.{name}_embeddings.weight"] = rng.normal(size=(count, HIDDEN))
-    norm("embeddings.LayerNorm")
-    for i in range(LAYERS):
-        layer = f"encoder.layer.{i}"
-        for name in ("self.query", "self.key", "self.value", "output.dense"):
-            linear(f"{layer}.attention.{name}", HIDDEN, HIDDEN)
-        norm(f"{layer}.attention.output.LayerNorm")
-        linear(f"{layer}.intermediate.dense", INTERMEDIATE, HIDDEN)
-        linear(f"{layer}.output.dense", HIDDEN, INTERMEDIATE)
-        norm(f"{layer}.output.LayerNorm")
-    linear("pooler.dense", HIDDEN, HIDDEN)
-    return {k: v if v.dtype == np.int64 else v.astype(np.float32) for k, v in tensors.items()}
-
-
-def small_tokenizer():
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return tokenizer
-
-
-def write_checkpoint(folder, tensors=None, **config):
-    (folder / "config.json").write_text(json.dumps(CONFIG | config))
-    tensors = random_tensors() if tensors is None else tensors
-    # safetensors writes an array's memory as it lies, so a transposed view must be copied.
-    contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-    safetensors.numpy.save_file(contiguous, folder / "model.safetensors")
-    small_tokenizer().save(str(folder / "tokenizer.json"))
-    return folder
-
-
 @pytest.fixture
 def checkpoint(tmp_path):
-    return write_checkpoint(tmp_path)
+    return checkpoints.write_bert(tmp_path)
 
 
 def expected_logits(tensors, head, ids, types):
@@ -155,8 +93,8 @@ def with_old_norms(tensors):
 
 @pytest.mark.parametrize("written", [dict, prefixed, with_old_norms])
 def test_logits_are_those_of_the_formulas(tmp_path, written):
-    tensors = random_tensors()
-    folder = write_checkpoint(tmp_path, written(tensors))
+    tensors = checkpoints.bert_tensors()
+    folder = checkpoints.write_bert(tmp_path, written(tensors))
     config, params, tokenizer = bert.load_checkpoint(folder, num_labels=LABELS, seed=0)
     params = with_large_head(params)
     batch = glue.tokenize(tokenizer, PAIRS, max_len=POSITIONS)
@@ -185,6 +123,19 @@ def test_loss_and_accuracy_are_those_of_the_logits(checkpoint):
     assert bert.loss_of(config) is bert.loss_of(config)
 
 
+def test_one_label_is_a_number_with_a_squared_error(checkpoint):
+    config, params, tokenizer = bert.load_checkpoint(checkpoint, num_labels=1, seed=0)
+    examples = [
+        pair._replace(label=score) for pair, score in zip(PAIRS, (0.5, 4.0, 2.5), strict=True)
+    ]
+    batch = glue.tokenize(tokenizer, examples, max_len=POSITIONS)
+    assert batch["labels"].dtype == np.float32
+    scores = np.float64(jax.jit(bert.logits_of(config))(params, batch))
+    assert scores.shape == (3, 1)
+    expected = np.mean((scores[:, 0] - [0.5, 4.0, 2.5]) ** 2)
+    np.testing.assert_allclose(jax.jit(bert.loss_of(config))(params, batch), expected, rtol=1e-5)
+
+
 def test_weights_of_linear_maps_are_inputs_by_outputs(checkpoint):
     config, params, _ = bert.load_checkpoint(checkpoint, num_labels=LABELS, seed=0)
     kernels = {
@@ -199,6 +150,9 @@ def test_weights_of_linear_maps_are_inputs_by_outputs(checkpoint):
         expected[f"layers/{i}/intermediate/kernel"] = (HIDDEN, INTERMEDIATE)
         expected[f"layers/{i}/output/kernel"] = (INTERMEDIATE, HIDDEN)
     assert kernels == expected
+    # LORENZA projects these and nothing else, but for a head of less than `rank` labels.
+    for rank, small in ((2, set()), (LABELS, {"head/kernel"})):
+        assert set(projection_plan(params, rank).projected) == set(expected) - small
 
 
 def test_head_is_random_from_the_seed_and_the_rest_is_not(checkpoint):
@@ -246,7 +200,9 @@ QUERY = "encoder.layer.1.attention.self.query.weight"
 )
 def test_wrong_tensors_are_refused_by_name(tmp_path, change, message):
     with pytest.raises(SystemExit, match=message):
-        bert.load_checkpoint(write_checkpoint(tmp_path, change(random_tensors())), 2, 0)
+        bert.load_checkpoint(
+            checkpoints.write_bert(tmp_path, change(checkpoints.bert_tensors())), 2, 0
+        )
 
 
 @pytest.mark.parametrize(
@@ -259,17 +215,18 @@ def test_wrong_tensors_are_refused_by_name(tmp_path, change, message):
 )
 def test_wrong_config_is_refused(tmp_path, config, message):
     with pytest.raises(SystemExit, match=message):
-        bert.load_checkpoint(write_checkpoint(tmp_path, **config), 2, 0)
+        bert.load_checkpoint(checkpoints.write_bert(tmp_path, **config), 2, 0)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("config.json", None, "there is no config.json"),
-        ("model.safetensors", None, "there is no model.safetensors"),
+        ("model.safetensors", None, "there is no model.safetensors and no"),
         ("config.json", b"{", "config.json: cannot be read"),
         ("config.json", b"{}", "vocab_size, hidden_size, .* missing"),
         ("model.safetensors", b"not tensors", "model.safetensors: cannot be read"),
+        ("model.safetensors", b"", "model.safetensors: cannot be read"),
         ("tokenizer.json", b"{}", "tokenizer.json: cannot be read"),
     ],
 )
@@ -294,131 +251,6 @@ def test_texts_longer_than_the_positions_and_uneven_heads_are_refused(checkpoint
         bert.loss_of(config)(params, batch)
     with pytest.raises(ValueError, match="multiple of num_heads=5"):
         bert.BertConfig(num_heads=5)
-
-
-# GLUE.
-
-FILES = {
-    "RTE/train.tsv": "index\tsentence1\tsentence2\tlabel\n"
-    '0\tHe said "no.\tHe spoke.\tentailment\n1\tA dog\u0085ran.\tA cat ran.\tnot_entailment\n',
-    "RTE/dev.tsv": "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tnot_entailment",
-    "CoLA/in_domain_train.tsv": "gj04\t1\t\tThe cat sat.\ncj99\t0\t*\tThe sat cat.\n",
-    "CoLA/in_domain_dev.tsv": "gj04\t1\t\tA dog ran.\n",
-    "CoLA/out_of_domain_dev.tsv": "clc95\t0\t??\tRan a dog.",
-    "SST-2/train.tsv": "label\tsentence\r\n0\tno wit\r\n1\tlovable\r\n",
-    "SST-2/dev.tsv": "label\tcontent\n1\tgood .\n",
-}
-READ = {
-    "rte": (
-        [(('He said "no.', "He spoke."), 0), (("A dog\u0085ran.", "A cat ran."), 1)],
-        [(("A.", "B."), 1)],
-    ),
-    "cola": (
-        [(("The cat sat.",), 1), (("The sat cat.",), 0)],
-        [(("A dog ran.",), 1), (("Ran a dog.",), 0)],
-    ),
-    "sst2": ([(("no wit",), 0), (("lovable",), 1)], [(("good .",), 1)]),
-}
-
-
-@pytest.fixture
-def data_dir(tmp_path):
-    for name, content in FILES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content.encode())
-    return tmp_path
-
-
-@pytest.mark.parametrize("task", list(glue.TASKS))
-def test_files_are_read(data_dir, task):
-    assert tuple(glue.load(task, data_dir)) == READ[task]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("RTE/dev.tsv", None, r"there is no file .*/RTE/dev\.tsv"),
-        ("RTE/train.tsv", b"", "no examples"),
-        ("RTE/train.tsv", b"index\tsentence1\tsentence2\tlabel\n", "no examples"),
-        ("RTE/train.tsv", b"index\tsentence1\tlabel\n0\ta\t1\n", "no column sentence2"),
-        ("RTE/train.tsv", b"\xff\xfe", "not UTF-8"),
-    ],
-)
-def test_wrong_rte_files_are_refused_with_the_layout(data_dir, name, content, message):
-    (data_dir / name).unlink()
-    if content is not None:
-        (data_dir / name).write_bytes(content)
-    layout = (
-        r"Expected in --data-dir: RTE/train\.tsv, RTE/dev\.tsv; .* entailment or not_entailment"
-    )
-    with pytest.raises(SystemExit, match=f"{message}.*{layout}"):
-        glue.load("rte", data_dir)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [("x\t1\tA cat.\n", "line 3: 3 columns, not 4"), ("x\t2\t\tA cat.\n", "line 3: label '2'")],
-)
-def test_wrong_lines_are_refused_by_number(data_dir, line, message):
-    with (data_dir / "CoLA" / "in_domain_train.tsv").open("a") as file:
-        file.write(line)
-    with pytest.raises(SystemExit, match=message):
-        glue.load("cola", data_dir)
-
-
-def test_unknown_task_and_folder_are_refused(tmp_path):
-    with pytest.raises(SystemExit, match="choose from rte, cola, sst2"):
-        glue.load("mnli", tmp_path)
-    with pytest.raises(SystemExit, match="there is no file"):
-        glue.load("sst2", tmp_path / "nowhere")
-
-
-def test_tokens_of_sentences_and_pairs():
-    tokenizer = small_tokenizer()
-    single = glue.tokenize(tokenizer, [glue.Example(("The cats ran",), 1)], max_len=8)
-    assert single["input_ids"].tolist() == [[2, 5, 6, 13, 9, 3, 0, 0]]
-    assert single["attention_mask"].tolist() == [[1] * 6 + [0] * 2]
-    assert single["labels"].tolist() == [1]
-    assert {column.dtype for column in single.values()} == {np.dtype(np.int32)}
-    # The seven and the four tokens are cut to four and three.
-    pair = glue.tokenize(tokenizer, PAIRS[:1], max_len=10)
-    assert pair["input_ids"].tolist() == [[2, 5, 6, 8, 10, 3, 4, 6, 8, 3]]
-    assert pair["token_type_ids"].tolist() == [[0] * 6 + [1] * 4]
-    assert tokenizer.padding is None
-    assert tokenizer.truncation is None
-    with pytest.raises(SystemExit, match="must be at least 5"):
-        glue.tokenize(tokenizer, PAIRS, max_len=4)
-
-
-def test_training_batches_are_epochs_in_an_order_of_seed_and_step():
-    data = {"labels": np.arange(10), "input_ids": np.arange(10)[:, None] * [1, 1]}
-    batches = [glue.train_batch(data, seed=3, step=step, batch_size=4) for step in range(5)]
-    seen = np.concatenate([batch["labels"] for batch in batches])
-    np.testing.assert_array_equal(np.sort(seen[:10]), np.arange(10))
-    np.testing.assert_array_equal(np.sort(seen[10:]), np.arange(10))
-    assert not np.array_equal(seen[:10], seen[10:])
-    for step, batch in enumerate(batches):
-        np.testing.assert_array_equal(batch["input_ids"][:, 0], batch["labels"])
-        again = glue.train_batch(data, 3, step, 4)
-        np.testing.assert_array_equal(batch["labels"], again["labels"])
-    assert not np.array_equal(batches[0]["labels"], glue.train_batch(data, 4, 0, 4)["labels"])
-    assert len(glue.train_batch(data, 0, 0, 25)["labels"]) == 25
-
-
-def test_dev_batches_are_every_example_once():
-    data = {"labels": np.arange(10), "input_ids": np.arange(10)[:, None]}
-    batches = glue.dev_batches(data, batch_size=4)
-    assert [len(batch["labels"]) for batch in batches] == [4, 4, 2]
-    np.testing.assert_array_equal(np.concatenate([b["labels"] for b in batches]), np.arange(10))
-
-
-def test_metrics():
-    labels, predictions = [1, 1, 1, 0, 0, 1], [1, 0, 1, 0, 1, 1]
-    assert glue.accuracy(labels, predictions) == pytest.approx(4 / 6)
-    # tp 3, tn 1, fp 1, fn 1: (3 * 1 - 1 * 1) / sqrt(4 * 4 * 2 * 2)
-    assert glue.matthews(labels, predictions) == pytest.approx(0.25)
-    assert glue.matthews(labels, [1] * 6) == 0.0
-    assert {task.metric for task in glue.TASKS.values()} == set(glue.METRICS)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ import pretrain  # noqa: E402
 import reporting  # noqa: E402
 
 NANO = llama.PRESETS["nano"].model
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +59,6 @@ def metrics(folder):
 def final_state(folder):
     with ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
         return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly(tmp_path_factory):
-    """Nearly all the time of this file is compilation: optimize little, and each program once."""
-    changed = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "xla"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in changed}
-    for name, value in changed.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 # The corpus.
@@ -182,7 +167,10 @@ def test_model_is_causal_and_batch_rows_do_not_mix():
 def test_rotary_scores_depend_on_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
     row = jnp.ones((1, 9, 1, 1))
-    q_turned, k_turned = (llama.rotary(x * row, 1e4)[0, :, 0] for x in (q, k))
+    frequency = llama.rotary_frequencies(llama.LlamaConfig(hidden_size=16, num_heads=1))
+    q_turned, k_turned = (
+        llama.rotary(x * row, jnp.arange(9)[None], frequency)[0, :, 0] for x in (q, k)
+    )
     scores = q_turned @ k_turned.T
     np.testing.assert_allclose(scores[3, 1], scores[8, 6], rtol=1e-4)
     assert abs(scores[3, 1] - scores[3, 2]) > 1e-3
