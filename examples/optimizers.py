@@ -146,3 +146,11 @@ OPTIMIZERS = {
     "galore": Entry(galore, call_with_gradient, perturbs=False),
     "sam": Entry(sam, call_with_grad_fn, perturbs=True),
 }
+
+
+def diagnostics(opt_state):
+    """What LORENZA and its family say of a step; nothing of other optimizers."""
+    try:
+        return lorenza_optax.diagnostics(opt_state)
+    except ValueError:
+        return {}

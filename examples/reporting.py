@@ -186,3 +186,43 @@ def plot(lines_by_name, path, loss_unit, metrics=()):
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+# Panels of `plot_diagnostics`, and what each shows.
+DIAGNOSTICS = {
+    "captured_energy": "Share of the squared gradient in the subspaces",
+    "subspace_overlap": "Share of new subspaces that lay in the old ones",
+    "ascent_norm": "Slope that the ascent found",
+    "steps_since_refresh": "Steps since the last refresh",
+}
+
+
+def plot_diagnostics(lines_by_name, path):
+    """What `lorenza_optax.diagnostics` said of each step; False if no optimizer has any."""
+    logged = {
+        name: [(line["step"], line["diagnostics"]) for line in lines if "diagnostics" in line]
+        for name, lines in lines_by_name.items()
+    }
+    keys = [
+        key
+        for key in DIAGNOSTICS
+        if any(scalars.get(key) is not None for steps in logged.values() for _, scalars in steps)
+    ]
+    if not keys:
+        return False
+    figure, axes = pyplot.subplots(
+        ncols=len(keys), figsize=(5 * len(keys), 4), layout="constrained", squeeze=False
+    )
+    for panel, key in zip(axes[0], keys, strict=True):
+        for index, (name, steps) in enumerate(logged.items()):
+            shown = [(step, scalars[key]) for step, scalars in steps
+                     if scalars.get(key) is not None]  # fmt: skip
+            if shown:
+                panel.plot(*zip(*shown, strict=True), color=f"C{index % 10}", label=name)
+        panel.set_title(DIAGNOSTICS[key], fontsize="medium")
+        panel.set_xlabel("step")
+        panel.legend()
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return True

@@ -90,6 +90,8 @@ def conclude(arguments, results, described, display, *, title, loss_unit, metric
         for name in arguments.optimizer
     }
     reporting.plot(lines, out / "loss.png", loss_unit, metrics)
+    if reporting.plot_diagnostics(lines, out / "diagnostics.png"):
+        display.note(f"What the subspaces and the ascent did: {out / 'diagnostics.png'}")
     ratios = reporting.relative(results)
     summary = {
         "optimizers": {

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 import optimizers
 
 # What stands in each line of the metrics file; the other values are those of an evaluation.
-OF_EVERY_STEP = ("step", "loss", "learning_rate", "seconds", "tokens_per_second")
+OF_EVERY_STEP = ("step", "loss", "learning_rate", "seconds", "tokens_per_second", "diagnostics")
 
 
 class Problem(NamedTuple):
@@ -83,6 +83,11 @@ def train_step(entry, tx, loss, params, opt_state, batch):
     return optax.apply_updates(params, updates), opt_state, value
 
 
+def _logged_step(entry, tx, loss, params, opt_state, batch):
+    params, opt_state, value = train_step(entry, tx, loss, params, opt_state, batch)
+    return params, opt_state, value, optimizers.diagnostics(opt_state)
+
+
 def train(name, learning_rate, problem, folder, display):
     """Trains with one optimizer, from its latest checkpoint if there is one.
 
@@ -117,7 +122,7 @@ def train(name, learning_rate, problem, folder, display):
         display.start(name, problem.steps, done)
         # Compiled ahead, so that the program that runs is the one whose memory is reported.
         compiled = (
-            jax.jit(functools.partial(train_step, entry, tx, problem.loss), donate_argnums=(0, 1))
+            jax.jit(functools.partial(_logged_step, entry, tx, problem.loss), donate_argnums=(0, 1))
             .lower(params, opt_state, problem.batch_at(0))
             .compile()
         )
@@ -125,7 +130,9 @@ def train(name, learning_rate, problem, folder, display):
         with (folder / "metrics.jsonl").open("a", buffering=1) as file:
             while done < problem.steps and not stop.received:
                 started = time.perf_counter()
-                params, opt_state, value = compiled(params, opt_state, problem.batch_at(done))
+                params, opt_state, value, scalars = compiled(
+                    params, opt_state, problem.batch_at(done)
+                )
                 value = float(value)  # waits for the step
                 seconds = time.perf_counter() - started
                 line = {
@@ -135,6 +142,8 @@ def train(name, learning_rate, problem, folder, display):
                     "seconds": seconds,
                     "tokens_per_second": problem.tokens_per_step / seconds,
                 }
+                if scalars:
+                    line["diagnostics"] = {k: _finite(float(v)) for k, v in scalars.items()}
                 done += 1
                 if done % problem.eval_every == 0 or done == problem.steps:
                     line |= _finite_values(problem.evaluate(params))

@@ -198,6 +198,7 @@ def test_optimizers_run_from_the_same_start_on_the_same_batches(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert list(summary["optimizers"]) == names
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
+    assert (tmp_path / "run" / "diagnostics.png").stat().st_size > 1000
     for name, result in summary["optimizers"].items():
         lines = metrics(tmp_path / "run" / name)
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
