@@ -97,3 +97,14 @@ def test_tuning_figures_are_the_stored_ones():
     quoted = set(re.findall(r"\b[12]\.\d{3}\b", section))
     assert quoted
     assert quoted <= losses
+
+
+def test_what_it_works_with_is_tested():
+    section = README[README.index("## Works with") : README.index("## What an ascent")]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 10
+    for row in rows:
+        linked = re.findall(r"\]\((tests/test_\w+\.py)\)", row)
+        assert linked, row
+        for path in linked:
+            assert "\ndef test_" in (ROOT / path).read_text(), path
