@@ -176,7 +176,11 @@ def test_one_devices_numbers_and_stable_shardings(layout, way, kind):
             )
             assert all(jax.tree.leaves(same)), (found, for_state)
     expected_params, expected_state = _on_one_device(way)
-    chex.assert_trees_all_close(jax.device_get(params), expected_params, atol=1e-5, rtol=1e-5)
+    # An entry of a factor close to the middle between two bfloat16 numbers may go either way.
+    tolerance = 1e-4 if "factor_dtype" in kwargs else 1e-5
+    chex.assert_trees_all_close(
+        jax.device_get(params), expected_params, atol=tolerance, rtol=tolerance
+    )
     scalars = [jax.device_get(lorenza_optax.diagnostics(s)) for s in (state, expected_state)]
     chex.assert_trees_all_close(*scalars, atol=1e-4, rtol=1e-3)
 
