@@ -105,12 +105,16 @@ def _cholesky_or_householder(y: jax.Array) -> jax.Array:
 
 
 def leading_left(matrices: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-    """The leading left singular vectors (B, m, r) and values (B, r) of tall (B, m, k)."""
+    """The leading left singular vectors (B, m, r) and values (B, r) of tall (B, m, k).
+
+    The largest entry of each vector is positive.
+    """
     scale = _largest(matrices)
     y = matrices / scale
     q = _each(orthonormal, y)
     u, s = _each(lambda core: jnp.linalg.svd(core)[:2], matmul(q.mT, y))
-    return matmul(q, u[..., :rank]), s[..., :rank] * scale[..., 0]
+    left = matmul(q, u[..., :rank])
+    return left * _signs(left), s[..., :rank] * scale[..., 0]
 
 
 def _wide(matrix: jax.Array) -> jax.Array:
@@ -136,10 +140,14 @@ def _check(matrix: jax.Array, rank: int) -> None:
         )
 
 
-def _fix_signs(u: jax.Array, vt: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Makes the largest entry of each left vector positive, so that results are unique."""
+def _signs(u: jax.Array) -> jax.Array:
+    """Signs ([b,] 1, r) of the largest entries of columns: without them vectors are not unique."""
     largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=-2, keepdims=True), axis=-2)
-    signs = jnp.where(largest < 0, -1, 1).astype(u.dtype)
+    return jnp.where(largest < 0, -1, 1).astype(u.dtype)
+
+
+def _fix_signs(u: jax.Array, vt: jax.Array) -> tuple[jax.Array, jax.Array]:
+    signs = _signs(u)
     return u * signs, vt * signs.mT
 
 
