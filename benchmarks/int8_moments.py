@@ -64,7 +64,7 @@ def main():
             runs.append(train(dtype, plan, data, display))
             display.note(f"{dtype}, seed {seed}: {runs[-1]['result']['validation_loss']:.4f}")
 
-    kept = {dtype: moment_bytes(dtype, plan) for dtype in DTYPES}
+    kept = {dtype: _report(dtype, plan).moments for dtype in DTYPES}
     bars = [] if arguments.quick else bars_of(runs, kept)
     summary = {
         "runs": runs,
@@ -97,6 +97,8 @@ def train(dtype, plan, data, display):
     expected = _report(dtype, plan).state + 4  # the schedule's count
     if result["optimizer_state_bytes"] != expected:
         sys.exit(f"{label}: {result['optimizer_state_bytes']} bytes of state, not {expected}")
+    for field in ("seconds_per_step", "mean_seconds_per_step"):
+        del result[field]  # not what this measures: nothing is run in turns, or on a quiet machine
     fields = ("step", "loss", "validation_loss")
     metrics = [{k: v for k, v in json.loads(line).items() if k in fields} for line in lines]
     return {"moment_dtype": dtype, "seed": plan.seed, "result": result, "metrics": metrics}
@@ -112,10 +114,6 @@ def _report(dtype, plan):
     rank, rho = plan.settings.rank, plan.settings.rho
     report = memory_report(params, rank, methods=["lorenza"], rho=rho, moment_dtype=dtype)
     return report.rows[0]
-
-
-def moment_bytes(dtype, plan):
-    return _report(dtype, plan).moments
 
 
 def bars_of(runs, kept):

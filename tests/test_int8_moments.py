@@ -3,6 +3,11 @@
 import argparse
 import functools
 import inspect
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import chex
 import flax.serialization
@@ -486,3 +491,16 @@ def test_the_training_curve_is_that_of_float32():
     assert full[-10:].mean() < 0.75 * full[0]
     windows = [curve.reshape(-1, 10).mean(axis=1) for curve in (full, eight)]
     np.testing.assert_allclose(windows[1], windows[0], rtol=0.03)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    root = pathlib.Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, root / "benchmarks" / "int8_moments.py", "--quick", "--out", tmp_path],
+        env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    stored = json.loads((tmp_path / "int8_moments.json").read_text())
+    assert [run["moment_dtype"] for run in stored["runs"]] == ["float32", "bfloat16", "int8"]
+    assert (tmp_path / "int8_moments.png").stat().st_size > 0
