@@ -78,7 +78,7 @@ def main():
     (out / "int8_moments.json").write_text(json.dumps(summary, indent=1) + "\n")
     first = [run for run in runs if run["seed"] == arguments.seeds[0]]
     curves = {f"{run['moment_dtype']} moments": run["metrics"] for run in first}
-    reporting.plot(curves, out / "int8_moments.png")
+    reporting.plot(curves, out / "int8_moments.png", "nats per token")
     display.console.print(bars_table(bars))
     if not all(bar.holds for bar in bars):
         sys.exit(1)
@@ -91,7 +91,7 @@ def train(dtype, plan, data, display):
     optimizers.OPTIMIZERS[label] = optimizers.OPTIMIZERS["lorenza"]._replace(build=build)
     with tempfile.TemporaryDirectory() as folder:
         rate = optimizers.LEARNING_RATES["lorenza"]
-        result = training.train(label, rate, plan, data, folder, display)
+        result = training.train(label, rate, pretrain.problem_of(plan, data), folder, display)
         lines = (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
     del optimizers.OPTIMIZERS[label]
     expected = _report(dtype, plan).state + 4  # the schedule's count

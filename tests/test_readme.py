@@ -99,6 +99,17 @@ def test_tuning_figures_are_the_stored_ones():
     assert quoted <= losses
 
 
+def test_losses_with_8_bit_moments_are_the_stored_ones():
+    summary = json.loads((ROOT / "benchmarks" / "results" / "int8_moments.json").read_text())
+    losses = {r["moment_dtype"]: f"{r['result']['validation_loss']:.3f}" for r in summary["runs"]}
+    share = summary["moment_bytes"]["int8"] / summary["moment_bytes"]["float32"]
+    quoted = (
+        f"{losses['float32']} with float32 moments, {losses['bfloat16']} with bfloat16 and"
+        f" {losses['int8']} with int8, in {share:.2f} of the bytes"
+    )
+    assert quoted in README
+
+
 def test_what_it_works_with_is_tested():
     section = README[README.index("## Works with") : README.index("## What an ascent")]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
