@@ -121,14 +121,16 @@ def test_each_leaf_trains_as_if_alone_with_its_rank():
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"refresh": "sketch"},
-        {"refresh": "sketch", "ascent": "subspace", "base_optimizer": optax.scale_by_sign()},
-        {"probe_rank": 4, "num_probes": 3},
-        {"ascent": "momentum", "proj_type": "reverse_std"},
-        {"stagger": True},
-        {"scale_probes": True, "probe_factors": "momentum"},
+        pytest.param({"refresh": "sketch"}, id="sketch"),
+        pytest.param(
+            {"refresh": "sketch", "ascent": "subspace", "base_optimizer": optax.scale_by_sign()},
+            id="sketch, no moment",
+        ),
+        pytest.param({"probe_rank": 4, "num_probes": 3}, id="fewer rows"),
+        pytest.param({"ascent": "momentum", "proj_type": "reverse_std"}, id="momentum"),
+        pytest.param({"stagger": True}, id="stagger"),
+        pytest.param({"scale_probes": True, "probe_factors": "momentum"}, id="momentum's rows"),
     ],
-    ids=str,
 )
 def test_every_way_to_a_gradient_takes_them(arguments):
     params, target = (problems.params(seed, shapes=SHAPES) for seed in (0, 1))
