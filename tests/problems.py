@@ -1,10 +1,12 @@
 """Small problems that tests share: leaves of every kind, a loss that couples them."""
 
+import functools
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lorenza_optax import WeightDimensionNumbers
 
@@ -30,6 +32,7 @@ OWN_EMITTERS = (
     if "fusion_emitters=false" in os.environ.get("XLA_FLAGS", "")
     else None
 )
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)  # a case that adds little
 SAMPLES = 40  # more than any dimension: gradients have full rank
 
 

@@ -222,7 +222,10 @@ def test_order_of_optimizers_does_not_matter(text_folder, tmp_path):
         assert first == second
 
 
-@pytest.mark.parametrize("name", ["adamw", "galore", "lorenza"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "galore")] + ["lorenza"],
+)
 def test_resumed_run_has_the_bits_of_an_uninterrupted_one(text_folder, tmp_path, monkeypatch, name):
     more = ("--optimizer", name, "--checkpoint-every", "2")
     straight = run_arguments(text_folder, tmp_path / "straight", *more, steps=6)

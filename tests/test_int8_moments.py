@@ -351,7 +351,9 @@ def test_resumes_bit_for_bit(tmp_path):
     chex.assert_trees_all_equal(_train(step, restored["params"], restored["state"], 3), expected)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "axis_type", [problems.slow(AxisType.Auto), AxisType.Explicit], ids=["auto", "explicit"]
+)
 def test_meshes(axis_type):
     tx, (params, target) = _lorenza(ascent="momentum"), _problem()  # which reads the moments too
     expected, _ = _train(_step(tx, target), params, tx.init(params), 3)

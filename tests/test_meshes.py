@@ -143,7 +143,7 @@ def _cells():
         for kind in (AxisType.Auto, AxisType.Explicit):
             plain = way == "value_fn"
             auto = plain or "stagger" in WAYS[way][1] or way.endswith("grad-sketch")
-            usual = auto if kind == AxisType.Auto else layout != "data-parallel"
+            usual = auto if kind == AxisType.Auto else layout == "both" and not plain
             marks = () if usual else (pytest.mark.slow,)
             yield pytest.param(layout, way, kind, marks=marks, id=f"{layout}-{way}-{kind.name}")
 

@@ -84,7 +84,12 @@ COMMON = {
     "refresh": "gradient",
 }  # fmt: skip
 CASES = [
-    pytest.param(side, transport, "discard", {}, id=f"{side}-{transport}")
+    pytest.param(
+        side, transport, "discard", {}, id=f"{side}-{transport}",
+        # Where the moments are kept is one choice, how they are carried over another.
+        marks=() if side == "std" or transport == "keep" or (side, transport) == ("right", "rotate")
+        else pytest.mark.slow,
+    )
     for side, transport in itertools.product(
         ("std", "reverse_std", "left", "right"), ("keep", "reset", "rotate")
     )
@@ -172,7 +177,9 @@ def test_lorenza_in_float32_agrees_with_the_reference(subspace):
     _check(history, expected, rtol=2e-3)
 
 
-@pytest.mark.parametrize(("estimator", "num_probes"), [("central", 1), ("forward", 2), ("jvp", 3)])
+@pytest.mark.parametrize(
+    ("estimator", "num_probes"), [("central", 1), problems.slow("forward", 2), ("jvp", 3)]
+)
 def test_adazo_sam_agrees_with_the_reference(estimator, num_probes):
     with jax.enable_x64(True):
         tx = lorenza_optax.adazo_sam(

@@ -73,8 +73,6 @@ WAYS = {
 EVERYWHERE = dict.fromkeys(WAYS)
 USE_OUTER = "perturbed_value_and_grad"
 WRAPPERS = {
-    "none": (lambda tx: tx, EVERYWHERE),
-    "chain": (lambda tx: optax.chain(tx, optax.scale(0.5)), {**EVERYWHERE, "momentum_sam": "-"}),
     "named_chain": (lambda tx: optax.named_chain(("x", tx)), EVERYWHERE),
     "inject_hyperparams": (
         lambda tx: optax.inject_hyperparams(lambda step: optax.chain(tx, optax.scale(step)))(1.0),
@@ -171,11 +169,18 @@ def test_each_way_in_each_wrapper(way, wrapper):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((params, state)))
 
 
-PROGRAMS = ["scan", "donate", "export", "shard_map"]
+PROGRAMS = [
+    pytest.param(way, program, marks=pytest.mark.slow if way in less else ())
+    for program, less in {
+        "scan and donation": (),
+        "export": ("perturbed_value_and_grad", "subspace_value_and_grad"),
+        "shard_map": ("value_fn",),  # test_conformance.py has it
+    }.items()
+    for way in WAYS
+]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("way", "program"), PROGRAMS)
 def test_each_way_in_each_program(way, program):
     make, step = WAYS[way]
     tx = make()
@@ -194,15 +199,14 @@ def test_each_way_in_each_program(way, program):
 
     copy = lambda: jax.tree.map(jnp.copy, (PARAMS, tx.init(PARAMS)))  # noqa: E731
     expected, _, values = train(jax.jit(once), *copy())
-    if program == "scan":
+    if program == "scan and donation":
 
         def body(carry, _):
             params, state, value = once(*carry)
             return (params, state), value
 
-        (found, _), got = jax.jit(lambda c: jax.lax.scan(body, c, length=steps))(copy())
-    elif program == "donate":
-        found, _, got = train(jax.jit(once, donate_argnums=(0, 1)), *copy())
+        scanned = jax.jit(lambda c: jax.lax.scan(body, c, length=steps), donate_argnums=0)
+        (found, _), got = scanned(copy())
     elif program == "export":
         found, _, got = train(jax.export.export(jax.jit(once))(*copy()).call, *copy())
     else:
