@@ -163,7 +163,8 @@ def test_serialization_resumes_bit_for_bit(method, tmp_path):
     chex.assert_trees_all_equal(_train(step, restored["params"], restored["state"], 3), expected)
 
 
-@each_method
+# test_wrappers.py has LORENZA in all of them.
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("lorenza", "lorenza_plus")])
 @pytest.mark.parametrize("wrapper", ["masked", "MultiSteps", "apply_if_finite"])
 def test_wrappers_train_by_the_outer_gradient(method, wrapper):
     tx = METHODS[method]()
@@ -218,7 +219,9 @@ def test_inject_hyperparams(name, dtype):
     assert set(state_two.hyperparams) == set(schedules)
 
 
-@each_method
+@pytest.mark.parametrize(
+    "method", [problems.slow(m) if m in ("lorenza", "lorenza_plus") else m for m in METHODS]
+)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 # test_meshes.py has LORENZA in every layout.
 @pytest.mark.parametrize("spec", [problems.slow(P("x", None)), P("x", "y")], ids=str)

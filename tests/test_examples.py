@@ -188,7 +188,10 @@ def test_initial_loss_is_near_that_of_guessing():
 
 @pytest.mark.parametrize(
     ("dtype", "names"),
-    [("float32", list(optimizers.OPTIMIZERS)), ("bfloat16", ["lorenza", "adamw"])],
+    [
+        ("float32", list(optimizers.OPTIMIZERS)),
+        pytest.param("bfloat16", ["lorenza", "adamw"], marks=pytest.mark.slow),
+    ],
 )
 def test_optimizers_run_from_the_same_start_on_the_same_batches(
     text_folder, tmp_path, dtype, names

@@ -145,6 +145,7 @@ def test_epochs_and_training_examples_give_the_steps(data_dir, checkpoint, tmp_p
     assert summary_of(tmp_path / "run")["data"]["train_examples"] == 10
 
 
+@pytest.mark.slow  # the loop is pretrain.py's, whose test is not
 def test_resumed_run_has_the_bits_of_an_uninterrupted_one(
     data_dir, checkpoint, tmp_path, monkeypatch
 ):

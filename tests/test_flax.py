@@ -23,6 +23,8 @@ class LinenBlock(linen.Module):
 
 
 class LinenNet(linen.Module):
+    second: bool = True
+
     @linen.compact
     def __call__(self, tokens):
         embed = linen.Embed(50, WIDTH)
@@ -30,8 +32,10 @@ class LinenNet(linen.Module):
         block = linen.remat(LinenBlock)
         x, _ = linen.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
                           length=3)(name="stack")(x, None)  # fmt: skip
-        x, _ = linen.scan(LinenBlock, variable_axes={"params": 1}, split_rngs={"params": True},
-                          length=5)(name="second")(x, None)  # fmt: skip
+        if self.second:
+            x, _ = linen.scan(
+                LinenBlock, variable_axes={"params": 1}, split_rngs={"params": True}, length=5
+            )(name="second")(x, None)
         x = linen.Einsum((2, WIDTH, 10), "bte,hef->bthf")(x).reshape(*tokens.shape, 20)
         x = linen.DenseGeneral(WIDTH, axis=-1)(x)
         x = x @ self.param("own", linen.initializers.lecun_normal(), (WIDTH, WIDTH))
@@ -114,7 +118,7 @@ def test_an_nnx_models_axes():
 
 def test_a_scanned_linen_model_trains_in_its_subspaces():
     tokens = jax.random.randint(jax.random.key(0), (4, 6), 0, 50)
-    model = LinenNet()
+    model = LinenNet(second=False)
     params = model.init(jax.random.key(1), tokens)["params"]
     arguments = {"rank": 4, "weight_dimension_numbers": weight_dimension_numbers(model, tokens)}
     state = TrainState.create(

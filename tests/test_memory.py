@@ -307,7 +307,7 @@ def test_sizes_of_memory():
     assert parse_bytes("7") == 7
 
 
-@pytest.mark.parametrize("config", [PRESETS["60M"], BERT], ids=["60M", "bert"])
+@pytest.mark.parametrize("config", [problems.slow(PRESETS["60M"]), BERT], ids=["60M", "bert"])
 def test_the_largest_model_fits_and_one_with_another_layer_does_not(config, tmp_path):
     path, memory = "60M", 1_000_000_000
     if config is BERT:

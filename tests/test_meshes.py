@@ -142,7 +142,7 @@ def _cells():
     for layout, way in dict.fromkeys(pairs):
         for kind in (AxisType.Auto, AxisType.Explicit):
             plain = way == "value_fn"
-            auto = plain or "stagger" in WAYS[way][1] or way.endswith("grad-sketch")
+            auto = plain or way.endswith("grad-sketch")
             usual = auto if kind == AxisType.Auto else layout == "both" and not plain
             marks = () if usual else (pytest.mark.slow,)
             yield pytest.param(layout, way, kind, marks=marks, id=f"{layout}-{way}-{kind.name}")

@@ -126,7 +126,7 @@ def test_each_leaf_trains_as_if_alone_with_its_rank():
             {"refresh": "sketch", "ascent": "subspace", "base_optimizer": optax.scale_by_sign()},
             id="sketch, no moment",
         ),
-        pytest.param({"probe_rank": 4, "num_probes": 3}, id="fewer rows"),
+        pytest.param({"probe_rank": 4, "num_probes": 3}, id="fewer rows", marks=pytest.mark.slow),
         pytest.param({"ascent": "momentum", "proj_type": "reverse_std"}, id="momentum"),
         pytest.param({"stagger": True}, id="stagger"),
         pytest.param({"scale_probes": True, "probe_factors": "momentum"}, id="momentum's rows"),

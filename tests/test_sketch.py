@@ -306,4 +306,4 @@ def test_factored_updates_are_the_same_in_place_or_multiplied_out():
     ):  # fmt: skip
         tx = optax.chain(lazy, behind)
         with pytest.raises(Exception, match="factored_updates=False"):
-            tx.update(gradient, tx.init(params), params)
+            jax.eval_shape(lambda tx=tx: tx.update(gradient, tx.init(params), params))
