@@ -161,9 +161,9 @@ def along_moments(
     def find(_: None) -> tuple[Any, jax.Array]:
         unit, norm = normalized(moments, subspaces)
         if config.ascent == "signed_momentum":
-            slope = slopes_along(near, lambda _: unit, jnp.zeros(1), mu, config)[0]
+            slopes, _value = slopes_along(near, lambda _: unit, jnp.zeros(1), mu, config)
             # Where it cannot be told the moment keeps its own sign.
-            unit = unit.scaled(jnp.where(slope < 0, -1, 1))
+            unit = unit.scaled(jnp.where(slopes[0] < 0, -1, 1))
         return unit, norm
 
     zero = _wide(jax.tree.map(jnp.zeros_like, moments))

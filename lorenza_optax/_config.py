@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +27,44 @@ from lorenza_optax._inner import (
     first_moment,
 )
 from lorenza_optax._matrix_view import PROJ_TYPES
-from lorenza_optax._plan import ProjectionPlan, projection_plan
-from lorenza_optax._residual import RESIDUALS
+from lorenza_optax._plan import LeafPlan, ProjectionPlan, projection_plan
+from lorenza_optax._residual import DISCARD, Residual
 from lorenza_optax._selection import Rank, check_rank
-from lorenza_optax._subspace import SUBSPACES
+from lorenza_optax._subspace import POWER_ITERATION, RANDOM, SUBSPACES
 from lorenza_optax._transport import TRANSPORTS
 
-__all__ = ["LowRankConfig"]
+__all__ = ["Coordinates", "Displacement", "LowRankConfig"]
 
 REFRESHES = ("sketch", "gradient")
 FACTOR_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+class Coordinates(NamedTuple):
+    """How a zeroth-order method draws N of its directions P N.
+
+    Attributes:
+      of_normal: (normal, partner K, leaf) -> N ([b,] r, l).
+      shape: leaf -> the shape of the normal numbers that N is made of.
+      weight: leaf -> factor of the estimated gradient Σ d_j N_j / q.
+      needs_partner: Whether there is a second factor K ([b,] r, l) with orthonormal rows.
+    """
+
+    of_normal: Callable[[jax.Array, Any, LeafPlan], jax.Array]
+    shape: Callable[[LeafPlan], tuple[int, ...]]
+    weight: Callable[[LeafPlan], float]
+    needs_partner: bool = False
+
+
+class Displacement(NamedTuple):
+    """Lotus's rule for refreshes: see :func:`lorenza_optax.methods.lotus`.
+
+    Attributes:
+      check_every: η, in updates since the matrix's last refresh.
+      threshold: γ.
+    """
+
+    check_every: int
+    threshold: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +74,14 @@ class LowRankConfig:
     Attributes:
       inner: The optimizer of the low-rank gradients, and of the other leaves.
       decays: (β₁, β₂) where ``inner`` is known to be Adam, for ``moment_transport="rotate"``.
+      inner_others: The optimizer of the other leaves where that is another one.
       in_full_space: Project nothing, and look for the ascent in all parameters.
-      residual: What happens outside the subspace, a name in ``RESIDUALS``.
+      residual: What happens outside the subspace.
+      displacement: Refreshes by Lotus's rule instead of every ``update_proj_gap`` updates.
+      power_decay: β of ``subspace="power_iteration"``.
+      granularity: VLoRP's c.
+      zeroth_order: Take the gradient by forward passes along random directions; μ and the number
+        and kind of probes are those of ``ascent``.
     """
 
     rank: Rank
@@ -61,7 +96,12 @@ class LowRankConfig:
     stagger: bool = False
     moment_transport: str = "keep"
     factored_updates: bool = False
-    residual: str = "discard"
+    residual: Residual = DISCARD
+    inner_others: optax.GradientTransformationExtraArgs | None = None
+    displacement: Displacement | None = None
+    power_decay: Any = None
+    granularity: float = 1
+    zeroth_order: Coordinates | None = None
     scale: Any = 1.0
     gradient_transform: optax.GradientTransformation | None = None
     factor_dtype: Any = None
@@ -73,10 +113,9 @@ class LowRankConfig:
         check_rank(self.rank)
         check_int("update_proj_gap", self.update_proj_gap, 1)
         check_int("seed", self.seed, 0)
-        check_choice("subspace", self.subspace, tuple(SUBSPACES))
+        check_choice("subspace", self.subspace, (*SUBSPACES, *RANDOM, POWER_ITERATION))
         check_choice("proj_type", self.proj_type, PROJ_TYPES)
         check_choice("moment_transport", self.moment_transport, TRANSPORTS)
-        check_choice("residual", self.residual, tuple(RESIDUALS))
         check_choice("refresh", self.refresh, REFRESHES)
         check_choice("stagger", self.stagger, (False, True))
         check_choice("factored_updates", self.factored_updates, (False, True))
@@ -91,10 +130,15 @@ class LowRankConfig:
                 f" moment_transport={self.moment_transport!r} acts on the inner state of all:"
                 " use 'keep'."
             )
-        if self.factored_updates and self.residual != "discard":
+        if self.factored_updates and self.residual is not DISCARD:
             raise ValueError(
-                "factored_updates=True needs updates that lie in the subspace; the residual rule"
-                f" {self.residual!r} adds what lies outside it."
+                "factored_updates=True needs updates that lie in the subspace; this method's do"
+                " not."
+            )
+        if self.residual.needs_orthonormal and not self.is_orthonormal:
+            raise ValueError(
+                f"subspace={self.subspace!r} has no complement: this method needs orthonormal"
+                " projectors."
             )
         self._check_first_moment()
         check_number("scale", self.scale)
@@ -103,6 +147,8 @@ class LowRankConfig:
         check_dtype("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
         check_dtype("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         check_sign(self.inner)
+        if self.inner_others is not None:
+            check_sign(self.inner_others)
         if self.stored_moment_dtype() == jnp.int8:
             check_quantizable(self.inner)
 
@@ -111,10 +157,27 @@ class LowRankConfig:
         """Whether a part of the gradient outside the subspace matters at every update."""
         return (
             self.in_full_space
-            or self.residual != "discard"
+            or self.residual.needs_gradient
             or self.gradient_transform is not None
             or self.stagger
+            or self.displacement is not None
+            or self.granularity != 1
         )
+
+    @property
+    def others_inner(self) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of leaves that are not projected."""
+        return self.inner if self.inner_others is None else self.inner_others
+
+    @property
+    def is_orthonormal(self) -> bool:
+        """Whether Pᵀ P = I."""
+        return self.subspace not in RANDOM or RANDOM[self.subspace].is_orthonormal
+
+    @property
+    def keeps_projectors(self) -> bool:
+        """Whether the projectors are in the state, and not drawn again at each update."""
+        return self.subspace not in RANDOM or RANDOM[self.subspace].is_kept
 
     @property
     def sketches(self) -> bool:
@@ -127,6 +190,8 @@ class LowRankConfig:
         Probes along Q diag(u) R need it, and a refresh from sketches is started from it, or
         else from the first moment.
         """
+        if self.zeroth_order is not None:
+            return rank if self.zeroth_order.needs_partner else 0
         if self.ascent.needs_partners:
             return min(rank, self.ascent.probe_rank or rank)
         return rank if self.sketches and not self.has_first_moment else 0
@@ -161,4 +226,5 @@ class LowRankConfig:
             self.rank,
             proj_type=self.proj_type,
             weight_dimension_numbers=self.weight_dimension_numbers,
+            granularity=self.granularity,
         )

@@ -18,7 +18,14 @@ from lorenza_optax._linalg import matmul, total
 from lorenza_optax._mesh import in_auto_mode
 from lorenza_optax._paths import path_hash
 
-__all__ = ["Directions", "Probe", "displacement_norm", "full_space", "in_subspace"]
+__all__ = [
+    "Directions",
+    "Probe",
+    "displacement_norm",
+    "full_space",
+    "in_subspace",
+    "normal_by_path",
+]
 
 
 class Probe(NamedTuple):
@@ -68,7 +75,7 @@ def in_subspace(subspaces: Subspaces, partners: Mapping[str, jax.Array]) -> Dire
     def draw(key: jax.Array, num_probes: int) -> Probe:
         shapes = {path: (num_probes, *k.shape[:-1]) for path, k in partners.items()}
         dtypes = {path: _at_least_float32(k) for path, k in partners.items()}
-        return Probe(_normal_by_path(key, shapes, dtypes), None)
+        return Probe(normal_by_path(key, shapes, dtypes), None)
 
     def displacement(probe: Probe) -> Displacement:
         low = {}
@@ -121,7 +128,7 @@ def full_space(params: Mapping[str, jax.Array]) -> Directions:
     def build(weights: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
         def add(total: Any, one: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
             weight, key = one
-            noise = _normal_by_path(key, shapes, dtypes)
+            noise = normal_by_path(key, shapes, dtypes)
             return {p: total[p] + weight.astype(x.dtype) * x for p, x in noise.items()}, None
 
         start = {path: jnp.zeros(shapes[path], dtypes[path]) for path in params}
@@ -148,7 +155,7 @@ def full_space(params: Mapping[str, jax.Array]) -> Directions:
     return Directions(draw, displacement, combine, norm, keys)
 
 
-def _normal_by_path(
+def normal_by_path(
     key: jax.Array, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, jnp.dtype]
 ) -> dict[str, jax.Array]:
     """Gaussians that depend on the key, the path and the shape, whatever other leaves there are.

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 # Salts that are folded into a step's key, so that its uses are independent.
-PROBE, SKETCH, ROUNDING, START = range(4)
+PROBE, SKETCH, ROUNDING, START, RESIDUAL = range(5)
 
 
 class SubspaceAscentState(NamedTuple):

@@ -10,6 +10,7 @@ import optax
 
 from lorenza_optax._arguments import scale_by, with_decay
 from lorenza_optax._checks import check_not_injected
+from lorenza_optax._residual import DISCARD
 from lorenza_optax._selection import Rank
 
 __all__ = ["lorenza", "scale_by_lorenza"]
@@ -109,7 +110,7 @@ def scale_by_lorenza(
       Refael, Arbel, Lindenbaum, Tirer, `LORENZA <https://arxiv.org/abs/2502.19571>`_, 2025
     """
     # The signature is spelled out three times because inject_hyperparams reads it.
-    return scale_by(**locals(), residual="discard")
+    return scale_by(**locals(), residual=DISCARD)
 
 
 def lorenza(
@@ -288,5 +289,5 @@ def lorenza(
     check_not_injected("mask", mask)
     chosen = dict(locals())
     behind = [chosen.pop(name) for name in ("weight_decay", "mask", "learning_rate")]
-    scaled = scale_by(**chosen, residual="discard")
+    scaled = scale_by(**chosen, residual=DISCARD)
     return with_decay(scaled, *behind, factored_updates=factored_updates)

@@ -10,6 +10,7 @@ import optax
 
 from lorenza_optax._arguments import scale_by, with_decay
 from lorenza_optax._checks import check_choice, check_not_injected
+from lorenza_optax._residual import FIRA, SUMO
 from lorenza_optax._selection import Rank
 
 __all__ = ["lorenza_plus"]
@@ -125,6 +126,8 @@ def lorenza_plus(
     """
     check_not_injected("mask", mask)
     check_choice("add_back", add_back, ("fira", "sumo"))
+    residual = FIRA if add_back == "fira" else SUMO
     chosen = dict(locals())
     behind = [chosen.pop(name) for name in ("weight_decay", "mask", "learning_rate")]
-    return with_decay(scale_by(residual=chosen.pop("add_back"), **chosen), *behind)
+    del chosen["add_back"]
+    return with_decay(scale_by(**chosen), *behind)

@@ -24,9 +24,11 @@ from lorenza_optax._in_update import (
 from lorenza_optax._mesh import in_auto_mode
 from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import ProjectionPlan
+from lorenza_optax._random_subspace import closed, opened
 from lorenza_optax._state import LowRankState, check_same_tree, initial_state
 from lorenza_optax._step import complete, prepare, prepare_low
 from lorenza_optax._update import LowRankUpdate
+from lorenza_optax._zeroth_order import zeroth_order_gradient
 
 __all__ = ["low_rank"]
 
@@ -63,12 +65,24 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
         tree = params if in_subspaces or updates is None else updates
         plan = config.plan(tree if params is None else params)
         check_same_tree(config, plan, state)
+        before, state = state, opened(config, plan, state)
 
         # What each kind of gradient hands on, and how it is prepared from that.
         ascent_state, stage_state = without_ascent(state.ascent), state.gradient_transform
         arrays: Any
         source: Callable[..., Any]
-        if value_fn is not None and not config.needs_full_gradient:
+        if config.zeroth_order is not None:
+            if value_fn is None:
+                raise ValueError(
+                    "This optimizer estimates the gradient from values of the loss: call"
+                    " update(None, state, params, value_fn=loss, ...). Gradients are of no use to"
+                    " it."
+                )
+            *arrays, ascent_state = zeroth_order_gradient(
+                config, plan, state, params, value_fn, extra_args
+            )
+            source = lambda given, _: (given[0], {}, None)  # noqa: E731
+        elif value_fn is not None and not config.needs_full_gradient:
             *arrays, ascent_state = subspace_gradient_in_update(
                 config, plan, state, params, value_fn, extra_args
             )
@@ -110,6 +124,7 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
             traced,
             like=(_like_updates(config, plan, targets, state), state),
         )
+        new_state = closed(config, before, new_state)
         ordered = []
         for path in leaves_by_path(tree):
             value = new_updates[path]
@@ -119,6 +134,8 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
             ordered.append(value)
         return jax.tree.unflatten(jax.tree.structure(tree), ordered), new_state
 
+    # For subspace_value_and_grad, which takes gradients as this transformation will want them.
+    update.config = config  # pyright: ignore[reportFunctionMemberAccess]
     return optax.GradientTransformationExtraArgs(init, update)
 
 

@@ -44,6 +44,9 @@ class MatrixView:
     the first: :meth:`orient` transposes where the right side is compressed, so that all code
     elsewhere projects by Pᵀ from the left. `side` below is the (k) dimension that is
     compressed, `free` (l) the one that is kept.
+
+    With a ``granularity`` c each vector that is compressed is cut into c pieces of k / c entries,
+    which are compressed alike (VLoRP): the matrix becomes (k / c, l c).
     """
 
     shape: tuple[int, ...]
@@ -51,6 +54,7 @@ class MatrixView:
     row_axes: tuple[int, ...]
     column_axes: tuple[int, ...]
     compressed: str
+    granularity: float = 1
 
     def _size(self, axes: tuple[int, ...]) -> int:
         return math.prod(self.shape[axis] for axis in axes)
@@ -62,11 +66,13 @@ class MatrixView:
 
     @property
     def m(self) -> int:
-        return self._size(self.row_axes)
+        cut = self.granularity if self.compressed == "right" else 1 / self.granularity
+        return round(self._size(self.row_axes) * cut)
 
     @property
     def n(self) -> int:
-        return self._size(self.column_axes)
+        cut = self.granularity if self.compressed == "left" else 1 / self.granularity
+        return round(self._size(self.column_axes) * cut)
 
     @property
     def free(self) -> int:
@@ -84,10 +90,19 @@ class MatrixView:
 
     def matrix(self, leaf: jax.Array) -> jax.Array:
         """Leaf to ([b,] m, n)."""
-        return leaf.transpose(self._order).reshape(*self.batch, self.m, self.n)
+        rows, columns = self._size(self.row_axes), self._size(self.column_axes)
+        whole = leaf.transpose(self._order).reshape(*self.batch, rows, columns)
+        if self.granularity == 1:
+            return whole
+        # Transposed, so that what is compressed lies in rows and pieces of it lie together.
+        return self.orient(self.orient(whole).mT.reshape(*self.batch, self.free, -1).mT)
 
     def leaf(self, matrix: jax.Array) -> jax.Array:
         """([b,] m, n) to leaf."""
+        if self.granularity != 1:
+            rows, columns = self._size(self.row_axes), self._size(self.column_axes)
+            free = columns if self.compressed == "left" else rows
+            matrix = self.orient(self.orient(matrix).mT.reshape(*self.batch, free, -1).mT)
         permuted = matrix.reshape([self.shape[axis] for axis in self._order])
         return permuted.transpose([self._order.index(axis) for axis in range(len(self.shape))])
 
@@ -105,6 +120,8 @@ class MatrixView:
             return next((axes[axis] for axis in group if self.shape[axis] > 1), None)
 
         batch = (merged(self.batch_axes),) if self.batch_axes else ()
+        if self.granularity != 1:  # pieces of one vector lie on several devices
+            return batch, None, None
         return batch, merged(self.row_axes), merged(self.column_axes)
 
     def product(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -134,7 +151,10 @@ def _axes(axis: Sequence[int] | int, ndim: int) -> tuple[int, ...]:
 
 
 def matrix_view(
-    shape: tuple[int, ...], dimension_numbers: Any = None, proj_type: str = "std"
+    shape: tuple[int, ...],
+    dimension_numbers: Any = None,
+    proj_type: str = "std",
+    granularity: float = 1,
 ) -> MatrixView:
     """The view of a leaf of a shape.
 
@@ -144,9 +164,10 @@ def matrix_view(
       proj_type: "std" compresses the shorter side (of a square the columns, as GaLore does),
         "reverse_std" the longer one (of a square the rows), "left" the m rows, "right" the n
         columns.
+      granularity: c, by which k / c and l c must be whole numbers.
 
     Raises:
-      ValueError: If the axes do not fit the shape.
+      ValueError: If the axes or the granularity do not fit the shape.
     """
     numbers = WeightDimensionNumbers() if dimension_numbers is None else dimension_numbers
     rows = _axes(numbers.reduction_axis, len(shape))
@@ -159,7 +180,12 @@ def matrix_view(
     view = MatrixView(tuple(shape), batch, rows, columns, "left")
     # GaLore's reference: tall and square matrices are multiplied by R from the right.
     if proj_type == "right" or (proj_type == "std" and view.m >= view.n):
-        return dataclasses.replace(view, compressed="right")
+        view = dataclasses.replace(view, compressed="right")
     if proj_type == "reverse_std" and view.m < view.n:
-        return dataclasses.replace(view, compressed="right")
-    return view
+        view = dataclasses.replace(view, compressed="right")
+    cut = view.compressed_size / granularity, view.free * granularity
+    if any(size != int(size) for size in cut):
+        raise ValueError(
+            f"vectors of {view.compressed_size} entries cannot be cut into {granularity} pieces"
+        )
+    return dataclasses.replace(view, granularity=granularity)

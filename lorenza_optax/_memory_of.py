@@ -18,6 +18,7 @@ from lorenza_optax._find import find_states
 from lorenza_optax._in_update import surroundings_of
 from lorenza_optax._lorenza import lorenza, scale_by_lorenza
 from lorenza_optax._paths import leaves_by_path
+from lorenza_optax._residual import DISCARD
 from lorenza_optax._sketch import sketch_rows
 from lorenza_optax._state import examples
 from lorenza_optax._surroundings import full_paths
@@ -139,7 +140,7 @@ def _config(rank: int, arguments: Mapping[str, Any]) -> LowRankConfig:
     known = {name: arguments[name] for name in arguments if name in signature.parameters}
     bound = signature.bind(rank, **known)
     bound.apply_defaults()
-    return low_rank_config(**bound.arguments, residual="discard")
+    return low_rank_config(**bound.arguments, residual=DISCARD)
 
 
 def _gradients(config: LowRankConfig, params: Any, state: Any) -> tuple[Any, Any, Any]:

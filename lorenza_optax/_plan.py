@@ -140,6 +140,7 @@ def projection_plan(
     *,
     proj_type: str = "std",
     weight_dimension_numbers: DimensionNumbers = None,
+    granularity: float = 1,
 ) -> ProjectionPlan:
     """The plan that :func:`lorenza` makes for a tree; print it before you train.
 
@@ -191,7 +192,7 @@ def projection_plan(
         view = None
         if chosen is not None:
             try:
-                view = matrix_view(shape, chosen, proj_type)
+                view = matrix_view(shape, chosen, proj_type, granularity)
             except ValueError as error:
                 raise ValueError(
                     f"weight_dimension_numbers of leaf {path!r} do not fit its shape {shape}:"

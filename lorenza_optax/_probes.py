@@ -37,7 +37,7 @@ def estimate_weights(
     Returns:
       Weights of A / ‖A‖, and ‖A‖. Both are zero if A is zero or not finite.
     """
-    slopes = slopes_along(near, directions.displacement, probes, mu, config)
+    slopes, _ = slopes_along(near, directions.displacement, probes, mu, config)
 
     # Slopes may be as small as 1e-30: their squares must not vanish before the division.
     largest = jnp.max(jnp.abs(slopes))
@@ -56,8 +56,10 @@ def slopes_along(
     probes: Any,
     mu: Any,
     config: Any,
-) -> jax.Array:
-    """d_j for all probes, shape (q,): together, or ``probe_batch_size`` at a time.
+) -> tuple[jax.Array, jax.Array]:
+    """d_j for all probes, shape (q,), and the loss: together, or ``probe_batch_size`` at a time.
+
+    The loss is that at θ, or with central differences the mean of those at θ ± μ P_j.
 
     In forward mode the tangents alone differ between probes, so that under ``vmap`` all share
     one evaluation of the loss, as with ``jax.linearize`` but without its residuals.
@@ -68,34 +70,41 @@ def slopes_along(
     def loss(move: Displacement, vanishes: bool = False) -> jax.Array:
         return near.value(move, vanishes=vanishes).astype(dtype)
 
-    def evaluate(estimator: str) -> jax.Array:
+    def evaluate(estimator: str) -> tuple[jax.Array, jax.Array]:
         base = loss(Displacement({}, {})) if estimator == "forward" else None
 
         def slope(probe: Any) -> Any:
             move = displacement(probe)
             if estimator == "jvp":
                 still = jax.tree.map(jnp.zeros_like, move)
-                return jax.jvp(lambda at: loss(at, vanishes=True), (still,), (move,))[1]
+                value, d = jax.jvp(lambda at: loss(at, vanishes=True), (still,), (move,))
+                return d, value
             above = loss(move.scaled(mu))
             if base is not None:
-                return (above - base) / mu
-            return (above - loss(move.scaled(-mu))) / (2 * mu)
+                return (above - base) / mu, base
+            below = loss(move.scaled(-mu))
+            return (above - below) / (2 * mu), (above + below) / 2
 
         count = jax.tree.leaves(probes)[0].shape[0]
         # Not all losses can be vmapped, and under vmap a cond of theirs runs both branches.
         if count == 1:
-            return slope(jax.tree.map(lambda leaf: leaf[0], probes))[None]
+            d, value = slope(jax.tree.map(lambda leaf: leaf[0], probes))
+            return d[None], value
         if config.probe_batch_size == 1:
-            return jax.lax.map(slope, probes)
-        if config.probe_batch_size is None or config.probe_batch_size >= count:
-            return jax.vmap(slope)(probes)
-        return jax.lax.map(slope, probes, batch_size=config.probe_batch_size)
+            slopes, values = jax.lax.map(slope, probes)
+        elif config.probe_batch_size is None or config.probe_batch_size >= count:
+            slopes, values = jax.vmap(slope)(probes)
+        else:
+            slopes, values = jax.lax.map(slope, probes, batch_size=config.probe_batch_size)
+        return slopes, jnp.mean(values)
 
-    slopes = _forward_mode_or_differences(evaluate, config.estimator)
-    return slopes if config.axis_name is None else jax.lax.pmean(slopes, config.axis_name)
+    found = _forward_mode_or_differences(evaluate, config.estimator)
+    return found if config.axis_name is None else jax.lax.pmean(found, config.axis_name)
 
 
-def _forward_mode_or_differences(evaluate: Callable[[str], jax.Array], estimator: str) -> Any:
+def _forward_mode_or_differences(
+    evaluate: Callable[[str], tuple[jax.Array, jax.Array]], estimator: str
+) -> tuple[jax.Array, jax.Array]:
     if estimator != "auto":
         return evaluate(estimator)
     try:
@@ -103,16 +112,17 @@ def _forward_mode_or_differences(evaluate: Callable[[str], jax.Array], estimator
         if "custom_lin" in _primitives(traced.jaxpr):
             # What JAX leaves of a custom_vjp in forward mode; it would refuse to compile it.
             raise TypeError("a jax.custom_vjp function has no rule for jax.jvp.")
-        return jaxpr_as_fun(traced)()[0]
+        slopes, value = jaxpr_as_fun(traced)()
+        return slopes, value
     except Exception as error:
-        slopes = evaluate("central")  # an error of the loss itself is raised here
+        found = evaluate("central")  # an error of the loss itself is raised here
         reason = str(error).split("\n")[0]
         warnings.warn(
             "value_fn cannot be differentiated in forward mode, so estimator='auto' takes"
             f" central differences: {reason} Pass estimator='central' to silence this.",
             stacklevel=2,
         )
-        return slopes
+        return found
 
 
 def _primitives(jaxpr: Any) -> set[str]:

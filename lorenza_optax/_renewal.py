@@ -14,7 +14,14 @@ from lorenza_optax._linalg import stacked, total, unstacked
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._sketch import WARM_UP
 from lorenza_optax._state import LowRankState
-from lorenza_optax._subspace import SUBSPACES, Factors, align_signs, project
+from lorenza_optax._subspace import (
+    POWER_ITERATION,
+    SUBSPACES,
+    Factors,
+    align_signs,
+    power_iteration,
+    project,
+)
 from lorenza_optax._transport import transport
 
 __all__ = ["NewSubspaces", "carried", "install", "projectors_of", "renewed"]
@@ -51,6 +58,9 @@ def renewed(
     found = []
     for paths in plan.groups:
         view, rank = plan.leaves[paths[0]].matrix, plan.leaves[paths[0]].rank
+        if config.subspace == POWER_ITERATION:
+            found.append(_iterated(config, plan, matrices, state, paths))
+            continue
         q, s, r = SUBSPACES[config.subspace]([matrices[path] for path in paths], rank, key)
         found.append(Factors(paths, view.projector(q, r), view.partner(q, r), s))
     new = install(config, plan, state, found)
@@ -63,6 +73,24 @@ def renewed(
         lambda: (old, moments, state.subspace_overlap),
     )
     return (*kept, new.refreshed)
+
+
+def _iterated(
+    config: LowRankConfig,
+    plan: ProjectionPlan,
+    matrices: Arrays,
+    state: LowRankState,
+    paths: tuple[str, ...],
+) -> Factors:
+    view = plan.leaves[paths[0]].matrix
+    old = projectors_of(plan, state.q, state.r)
+    g, p, s = (
+        stacked([tree[path] for path in paths]) for tree in (matrices, old, state.singular_values)
+    )
+    g = view.orient(g)
+    p, s = power_iteration(g, p.astype(g.dtype), s, state.last_refresh < 0, config.power_decay)
+    nothing = jnp.zeros((len(p), p.shape[-1], g.shape[-1]), g.dtype)
+    return Factors(paths, p, nothing, s)
 
 
 def install(

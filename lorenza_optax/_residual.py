@@ -1,20 +1,32 @@
-"""What happens to the part of the gradient outside the subspace.
+"""The whole update of a leaf: the inner update lifted, and what happens outside the subspace.
 
-A rule is a function of one leaf's gradient, projector, projected gradient and inner update,
-and of one number a matrix that it may keep. It returns the whole update in the oriented view.
-The complement G - P Pᵀ G is defined for orthonormal P only.
+A rule sees all projected leaves at once, in the oriented view, and may keep arrays of its own
+between updates; how large they are it says in letters, one a dimension, as in ``"kl"``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._subspace import lift
 
-__all__ = ["RESIDUALS", "keeps_norm"]
+__all__ = [
+    "DISCARD",
+    "FIRA",
+    "SUMO",
+    "Kept",
+    "Residual",
+    "Situation",
+    "complement",
+    "each_leaf",
+    "kept",
+    "limit_growth",
+]
 
 FIRA_LIMIT = 1.01
 # A column of which the subspace holds less than this share tells nothing of its scale: what is
@@ -22,82 +34,189 @@ FIRA_LIMIT = 1.01
 FIRA_LEAST_SHARE = 1e-3
 SUMO_LIMIT = 1.1
 
-Residual = Callable[..., tuple[jax.Array, jax.Array | None]]
+Arrays = dict[str, jax.Array]
+Memory = dict[str, Arrays]
 
 
-def discard(
-    gradient: jax.Array,
-    projector: jax.Array,
-    low: jax.Array,
-    inner: jax.Array,
-    norm: jax.Array | None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """P N: GaLore and LORENZA drop the complement."""
-    del gradient, low
-    return lift(projector, inner), norm
+class Kept(NamedTuple):
+    """An array that a rule keeps, zero at first.
 
-
-def fira(
-    gradient: jax.Array,
-    projector: jax.Array,
-    low: jax.Array,
-    inner: jax.Array,
-    norm: jax.Array | None,
-) -> tuple[jax.Array, jax.Array | None]:
-    r"""P N + φ ∘ (G - P Pᵀ G), with φ_j = ‖N_:j‖ / ‖ĝ_:j‖ a column, its growth limited to 1.01.
-
-    φ_j is 0 where the subspace holds less than a thousandth of a column's norm.
-
-    Args:
-      gradient: G, ([b,] k, l).
-      projector: P, ([b,] k, r).
-      low: ĝ = Pᵀ G, ([b,] r, l).
-      inner: N, the inner optimizer's update, ([b,] r, l).
-      norm: Norm of the scaled complement one update ago, ([b]); 0 if there was none.
-
-    References:
-      Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024
+    Attributes:
+      shape: Its shape.
+      axes: What each dimension is: b, k (compressed), l (not compressed), r, or "-" for none.
+      dtype: Its dtype.
     """
-    assert norm is not None
+
+    shape: tuple[int, ...]
+    axes: str
+    dtype: Any
+
+
+class Situation(NamedTuple):
+    """What a rule knows of an update; dicts by path of arrays in the oriented view.
+
+    Attributes:
+      plan: The leaves.
+      gradients: G ([b,] k, l); empty where the rule does not need them.
+      projectors: P ([b,] k, r).
+      low: ĝ = Pᵀ G ([b,] r, l).
+      inner: N, the inner optimizer's update ([b,] r, l).
+      memory: What the rule kept, by name and path.
+      step: Number of this update among those that were not skipped, from 1.
+      refreshed: Whether the subspaces are new.
+      key: A key of this update, for rules that draw.
+    """
+
+    plan: ProjectionPlan
+    gradients: Arrays
+    projectors: Arrays
+    low: Arrays
+    inner: Arrays
+    memory: Memory
+    step: jax.Array
+    refreshed: jax.Array
+    key: jax.Array
+
+
+class Residual(NamedTuple):
+    """A rule.
+
+    Attributes:
+      update: situation -> (whole updates ([b,] k, l) by path, new memory).
+      memory: plan -> what it keeps, by name and path.
+      needs_gradient: Whether it needs the full gradient.
+      needs_orthonormal: Whether it makes sense for orthonormal P only: others have no
+        complement G - P Pᵀ G.
+    """
+
+    update: Callable[[Situation], tuple[Arrays, Memory]]
+    memory: Callable[[ProjectionPlan], dict[str, dict[str, Kept]]] = lambda plan: {}
+    needs_gradient: bool = True
+    needs_orthonormal: bool = True
+
+
+def kept(**axes: str) -> Callable[[ProjectionPlan], dict[str, dict[str, Kept]]]:
+    """Arrays a leaf by name, from the letters of their dimensions; a stack has b in front."""
+
+    def memory(plan: ProjectionPlan) -> dict[str, dict[str, Kept]]:
+        found: dict[str, dict[str, Kept]] = {name: {} for name in axes}
+        for path, leaf in plan.projected.items():
+            view = leaf.matrix
+            sizes = {"k": view.compressed_size, "l": view.free, "r": leaf.rank}
+            batch = "b" if view.batch else ""
+            for name, letters in axes.items():
+                shape = (*view.batch, *(sizes[letter] for letter in letters))
+                found[name][path] = Kept(shape, batch + letters, leaf.compute_dtype)
+        return found
+
+    return memory
+
+
+def each_leaf(
+    rule: Callable[..., Any], **arguments: Any
+) -> Callable[[Situation], tuple[Arrays, Memory]]:
+    """A rule for all leaves from one for a leaf.
+
+    It is called as rule(G, P, ĝ, N, step=, **memory, **arguments) and returns the update, or
+    the update and a dict of what it keeps.
+    """
+
+    def update(now: Situation) -> tuple[Arrays, Memory]:
+        wholes: Arrays = {}
+        memory: Memory = {name: {} for name in now.memory}
+        for path, projector in now.projectors.items():
+            own = {name: arrays[path] for name, arrays in now.memory.items()}
+            found = rule(
+                now.gradients.get(path),
+                projector,
+                now.low[path],
+                now.inner[path],
+                step=now.step,
+                **own,
+                **arguments,
+            )
+            wholes[path], new = found if isinstance(found, tuple) else (found, {})
+            for name, value in new.items():
+                memory[name][path] = value.astype(own[name].dtype)
+        return wholes, memory
+
+    return update
+
+
+def _discard(gradient: Any, projector: jax.Array, low: Any, inner: jax.Array, step: Any) -> Any:
+    """P N."""
+    del gradient, low, step
+    return lift(projector, inner)
+
+
+def _fira(
+    gradient: jax.Array,
+    projector: jax.Array,
+    low: jax.Array,
+    inner: jax.Array,
+    step: Any,
+    norm: jax.Array,
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """The rule of ``FIRA``; ``norm`` is that of the scaled complement one update ago."""
+    del step
     low_norm = jnp.linalg.norm(low, axis=-2, keepdims=True)
     inner_norm = jnp.linalg.norm(inner, axis=-2, keepdims=True)
     whole_norm = jnp.linalg.norm(gradient, axis=-2, keepdims=True)
     held = low_norm > FIRA_LEAST_SHARE * whole_norm
     phi = jnp.where(held, inner_norm / jnp.where(held, low_norm, 1), 0)
-    added, norm = _limit_growth(phi * (gradient - lift(projector, low)), norm, FIRA_LIMIT)
-    return lift(projector, inner) + added, norm
+    added, norm = limit_growth(phi * (gradient - lift(projector, low)), norm, FIRA_LIMIT)
+    return lift(projector, inner) + added, {"norm": norm}
 
 
-def sumo(
+def _sumo(
     gradient: jax.Array,
     projector: jax.Array,
     low: jax.Array,
     inner: jax.Array,
-    norm: jax.Array | None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """G - P (ĝ - O), with O the inner update, its growth limited to 1.1 an update.
-
-    References:
-      Refael, Smorodinsky, Tirer, Lindenbaum, `SUMO <https://arxiv.org/abs/2505.24749>`_, 2025
-    """
-    assert norm is not None
-    inner, norm = _limit_growth(inner, norm, SUMO_LIMIT)
-    return gradient - lift(projector, low - inner), norm
+    step: Any,
+    norm: jax.Array,
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """The rule of ``SUMO``; ``norm`` is that of O one update ago."""
+    del step
+    inner, norm = limit_growth(inner, norm, SUMO_LIMIT)
+    return gradient - lift(projector, low - inner), {"norm": norm}
 
 
-def _limit_growth(
-    matrix: jax.Array, before: jax.Array, limit: float
-) -> tuple[jax.Array, jax.Array]:
+def _complement(
+    gradient: jax.Array,
+    projector: jax.Array,
+    low: jax.Array,
+    inner: jax.Array,
+    step: Any,
+    factor: float,
+) -> jax.Array:
+    del step
+    return factor * gradient + lift(projector, inner - factor * low)
+
+
+def limit_growth(matrix: jax.Array, before: jax.Array, limit: float) -> tuple[jax.Array, jax.Array]:
     """Scales a matrix down if its norm exceeds ``limit`` times the norm before, if any."""
     norm = jnp.linalg.norm(matrix, axis=(-2, -1))
     exceeds = (before > 0) & (norm > limit * before)
     factor = jnp.where(exceeds, limit * before / jnp.where(exceeds, norm, 1), 1)
-    return matrix * factor[..., None, None], (norm * factor).astype(before.dtype)
+    return matrix * factor[..., None, None], norm * factor
 
 
-RESIDUALS: dict[str, Residual] = {"discard": discard, "fira": fira, "sumo": sumo}
+DISCARD = Residual(each_leaf(_discard), needs_gradient=False, needs_orthonormal=False)
+"""P N: GaLore and LORENZA drop the complement."""
+
+FIRA = Residual(each_leaf(_fira), kept(norm=""))
+r"""P N + φ ∘ (G - P Pᵀ G), with φ_j = ‖N_:j‖ / ‖ĝ_:j‖ a column, its growth limited to 1.01.
+
+φ_j is 0 where the subspace holds less than a thousandth of a column's norm.
+Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024."""
+
+SUMO = Residual(each_leaf(_sumo), kept(norm=""))
+"""G - P (ĝ - O), with O the inner update, its growth limited to 1.1 an update.
+
+Refael, Smorodinsky, Tirer, Lindenbaum, `SUMO <https://arxiv.org/abs/2505.24749>`_, 2025."""
 
 
-def keeps_norm(residual: str) -> bool:
-    """Whether a rule keeps one number a matrix between updates."""
-    return residual != "discard"
+def complement(factor: Any) -> Residual:
+    """P N + c (G - P ĝ): a constant share of what the projection loses, whatever P is."""
+    return Residual(each_leaf(_complement, factor=factor), needs_orthonormal=False)

@@ -20,8 +20,9 @@ from lorenza_optax._inner import check_inner, check_stored, store_moments
 from lorenza_optax._mesh import mesh_axes, placed
 from lorenza_optax._paths import leaves_by_path, shape_differences
 from lorenza_optax._plan import ProjectionPlan
-from lorenza_optax._residual import keeps_norm
+from lorenza_optax._residual import Kept, kept
 from lorenza_optax._sketch import random_projectors
+from lorenza_optax._subspace import POWER_ITERATION
 from lorenza_optax._transport import check_rotatable
 
 __all__ = [
@@ -50,17 +51,22 @@ class LowRankState(NamedTuple):
       q: Left factors Q ([b,] m, r). Only those that project, or that something else needs.
         Before the first refresh zero, or where refreshes are from sketches random.
       r: Right factors R ([b,] r, n), likewise.
-      singular_values: Of each gradient at its refresh ([b,] r), if probes are scaled with them.
+      singular_values: Of each gradient at its refresh ([b,] r), if probes are scaled with them;
+        of a power iteration its matrix S ([b,] r, r).
       projected: Inner state of the projected leaves; moments ([b,] r, l). A moment that is kept
         in 8 bits is a dict: "codes", int8 or uint8 in its shape, and "scales", one a block.
       others: Inner state of the other leaves; moments in the leaf's shape, likewise.
-      residual_norms: One number a matrix for residual rules that limit growth, else empty.
+      residual: Arrays that the residual rule keeps, by name and path: norms of a rule that
+        limits growth, sums of rows and columns of ProjFactor, else empty.
+      displacement: Lotus's: ``direction`` ([b,] r, l) and ``age`` ([b]) of each projected leaf
+        since its last refresh, else empty.
       gradient_transform: State of ``gradient_transform``, else empty.
       captured_energy: Share of the squared gradient norm of the projected leaves that lay in
         their subspaces, float32: at the last update with a full gradient, or as estimated at
         the last refresh from sketches.
       subspace_overlap: Share of the new subspaces that lay in the old ones at the last refresh,
-        ‖P_newᵀ P_old‖² / r, the mean over all matrices; 0 after the first one, float32.
+        ‖P_newᵀ P_old‖² / r, the mean over all matrices; 0 after the first one, float32. Of
+        random subspaces neither is computed.
       ascent: What the ascent keeps: seed, ``value``, ``ascent_norm``, ``perturbed``.
     """
 
@@ -72,7 +78,8 @@ class LowRankState(NamedTuple):
     singular_values: Any
     projected: Any
     others: Any
-    residual_norms: Any
+    residual: Any
+    displacement: Any
     gradient_transform: Any
     captured_energy: Any
     subspace_overlap: Any
@@ -113,12 +120,13 @@ def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankStat
         plan.warn()
     leaves = leaves_by_path(params)
     low, others = examples(plan, leaves)
-    for example in filter(None, (low, others)):
-        check_inner(config.inner, example)
+    for inner, example in ((config.inner, low), (config.others_inner, others)):
+        if example:
+            check_inner(inner, example)
     projected = config.inner.init(low)
     if config.moment_transport == "rotate":
         check_rotatable(config.inner, projected, jax.tree.map(jnp.shape, low))
-    q, r, values, norms = _sharded_like(leaves, plan, *_initial_subspaces(config, plan))
+    q, r, values = _sharded_like(leaves, plan, *_initial_subspaces(config, plan))
     kind = FullSpaceAscentState if config.in_full_space else SubspaceAscentState
     dtype = config.stored_moment_dtype()
     return LowRankState(
@@ -129,8 +137,9 @@ def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankStat
         r=r,
         singular_values=values,
         projected=store_moments(projected, dtype, None),
-        others=store_moments(config.inner.init(others), dtype, None),
-        residual_norms=norms if keeps_norm(config.residual) else {},
+        others=store_moments(config.others_inner.init(others), dtype, None),
+        residual=_zeros(config.residual.memory(plan), plan, leaves),
+        displacement=_zeros(_of_displacement(config, plan), plan, leaves),
         gradient_transform=() if stage is None else stage.init(params),
         captured_energy=jnp.zeros((), jnp.float32),
         subspace_overlap=jnp.zeros((), jnp.float32),
@@ -139,26 +148,48 @@ def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankStat
 
 
 def _sharded_like(leaves: Arrays, plan: ProjectionPlan, *trees: Arrays) -> list[Arrays]:
-    """(q, r, singular_values, residual_norms) sharded as the leaves are."""
+    """(q, r, singular_values) sharded as the leaves are."""
     found: list[Arrays] = [{} for _ in trees]
     for path, leaf in plan.projected.items():
         batch, rows, columns = leaf.matrix.mesh_axes(mesh_axes(leaves[path]))
-        for kept, tree, own in zip(
-            found, trees, ((rows, None), (None, columns), (None,), ()), strict=True
-        ):
+        own_axes = ((rows, None), (None, columns), (None,))
+        for into, tree, own in zip(found, trees, own_axes, strict=True):
             if path in tree:
-                kept[path] = placed(tree[path], (*batch, *own), leaves[path])
+                into[path] = placed(tree[path], (*batch, *own), leaves[path])
+    return found
+
+
+def _of_displacement(config: LowRankConfig, plan: ProjectionPlan) -> dict[str, dict[str, Kept]]:
+    return {} if config.displacement is None else kept(direction="rl", age="")(plan)
+
+
+def _zeros(
+    specs: dict[str, dict[str, Kept]], plan: ProjectionPlan, leaves: Arrays
+) -> dict[str, Arrays]:
+    """Arrays that a rule keeps, sharded as the leaves are."""
+    found: dict[str, Arrays] = {}
+    for name, by_path in specs.items():
+        found[name] = {}
+        for path, (shape, letters, dtype) in by_path.items():
+            view = plan.leaves[path].matrix
+            batch, rows, columns = view.mesh_axes(mesh_axes(leaves[path]))
+            compressed, free = (rows, columns) if view.compressed == "left" else (columns, rows)
+            axes = {"b": (*batch, None)[0], "k": compressed, "l": free}
+            own = tuple(axes.get(letter) for letter in letters)
+            found[name][path] = placed(jnp.zeros(shape, dtype), own, leaves[path])
     return found
 
 
 def _initial_subspaces(
     config: LowRankConfig, plan: ProjectionPlan
-) -> tuple[Arrays, Arrays, Arrays, Arrays]:
-    """(q, r, singular_values, residual_norms).
+) -> tuple[Arrays, Arrays, Arrays]:
+    """(q, r, singular_values).
 
     They are zero, but for projectors that sketches are to be taken through.
     """
-    q, r, values, norms = {}, {}, {}, {}
+    q, r, values = {}, {}, {}
+    if not config.keeps_projectors:
+        return q, r, values
     random: dict[str, jax.Array] = {}
     if config.sketches and plan.projected:
         shapes = {
@@ -180,12 +211,13 @@ def _initial_subspaces(
             r[path] = right
         if config.ascent.scale_probes and config.ascent.needs_partners:
             values[path] = jnp.zeros((*view.batch, leaf.rank), jnp.float32)
-        norms[path] = jnp.zeros(view.batch)
-    return q, r, values, norms
+        if config.subspace == POWER_ITERATION:
+            values[path] = jnp.zeros((*view.batch, leaf.rank, leaf.rank), leaf.compute_dtype)
+    return q, r, values
 
 
 # Fields whose leaves and shapes follow from the parameters and the arguments.
-_SHAPED = ("q", "r", "singular_values", "residual_norms", "projected", "others")
+_SHAPED = ("q", "r", "singular_values", "residual", "displacement", "projected", "others")
 OTHERWISE_MADE = (
     "made by init for other parameters or with other arguments, such as rank, proj_type, rho,"
     " ascent or base_optimizer. Build the optimizer with the arguments that the state was saved"
@@ -220,13 +252,17 @@ def said(shape: tuple[int, ...] | None) -> str:
 
 
 def _shaped_fields(config: LowRankConfig, plan: ProjectionPlan) -> dict[str, Any]:
-    q, r, values, norms = _initial_subspaces(config, plan)
     leaves = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in plan.leaves.items()}
     low, others = examples(plan, leaves)
     dtype = config.stored_moment_dtype()
-    moments = (store_moments(config.inner.init(tree), dtype, None) for tree in (low, others))
-    norms = norms if keeps_norm(config.residual) else {}
-    return dict(zip(_SHAPED, (q, r, values, norms, *moments), strict=True))
+    rules = (config.residual.memory(plan), _of_displacement(config, plan))
+    inners = (config.inner.init(low), config.others_inner.init(others))
+    parts = (
+        *_initial_subspaces(config, plan),
+        *(_zeros(rule, plan, leaves) for rule in rules),
+        *(store_moments(inner, dtype, None) for inner in inners),
+    )
+    return dict(zip(_SHAPED, parts, strict=True))
 
 
 def _capture_placeholder() -> type:

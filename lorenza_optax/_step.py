@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import optax
 
 from lorenza_optax._config import LowRankConfig
-from lorenza_optax._gradient import ROUNDING, SKETCH, step_key
+from lorenza_optax._gradient import RESIDUAL, ROUNDING, SKETCH, step_key
 from lorenza_optax._inner import load_moments, store_moments
 from lorenza_optax._linalg import total
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._refresh import is_due
 from lorenza_optax._renewal import NewSubspaces, carried, projectors_of, renewed
-from lorenza_optax._residual import RESIDUALS, keeps_norm
-from lorenza_optax._stagger import staggered
+from lorenza_optax._residual import DISCARD, Situation
+from lorenza_optax._some import displaced, in_turn, moved_on, refresh_some, standing_still
 from lorenza_optax._state import LowRankState, examples
-from lorenza_optax._subspace import lift, project
+from lorenza_optax._subspace import RANDOM, lift, project
 
 __all__ = [
     "Prepared",
@@ -44,6 +44,7 @@ class Prepared(NamedTuple):
       usable: Whether the gradient is finite.
       captured_energy: See :class:`LowRankState`.
       overlap: Likewise, ``subspace_overlap``.
+      displacement: Likewise.
     """
 
     low: Arrays
@@ -54,6 +55,7 @@ class Prepared(NamedTuple):
     usable: Any
     captured_energy: Any
     overlap: Any
+    displacement: Any
 
 
 def prepare(
@@ -73,18 +75,28 @@ def prepare(
     moments = _carriable(config, state, initial)
     old = (state.q, state.r, state.singular_values)
     current = (old, moments, state.subspace_overlap, jnp.zeros((), bool))
-    if matrices and config.stagger:
+    first = usable & (state.last_refresh < 0)
+    switched: Arrays = {}
+    if matrices and (config.stagger or config.displacement):
         key = step_key(state.ascent.seed, state.count, SKETCH)
+        if config.stagger:
+            chosen = in_turn(config, plan, state.count)
+        else:
+            old_projectors = projectors_of(plan, *old[:2])
+            still = standing_still(config, plan, old_projectors, matrices, state)
+            switched = {path: usable & one for path, one in still.items()}
+            chosen = displaced(plan, switched)
+        # A gradient that is not finite loses its turn.
+        chosen = [one._replace(stop=jnp.where(usable, one.stop, one.start)) for one in chosen]
 
         def some() -> Any:
-            new, overlap, refreshed = staggered(config, plan, matrices, state, usable, key)
+            new, overlap, refreshed = refresh_some(config, plan, matrices, state, chosen, key)
             return new, moments, overlap, refreshed
 
-        first = usable & (state.last_refresh < 0)
         current = jax.lax.cond(
             first, lambda: renewed(config, plan, matrices, state, moments, initial), some
         )
-    elif matrices:
+    elif matrices and config.subspace not in RANDOM:
         due = usable & is_due(state.count, state.last_refresh, config.update_proj_gap)
         current = jax.lax.cond(
             due, lambda: renewed(config, plan, matrices, state, moments, initial), lambda: current
@@ -96,8 +108,16 @@ def prepare(
     captured = total(jnp.sum(jnp.square(g)) for g in low.values())
     whole = total(energy[path] for path in matrices)
     share = (captured / jnp.where(whole > 0, whole, 1)).astype(jnp.float32)
+    if config.subspace in RANDOM:
+        share = state.captured_energy
     others = {path: wide[path] for path in plan.others}
-    prepared = Prepared(low, others, subspaces, moments, refreshed, usable, share, overlap)
+    displacement = state.displacement
+    if switched:
+        switched = {path: one | first for path, one in switched.items()}
+        displacement = moved_on(switched, low, state)
+    prepared = Prepared(
+        low, others, subspaces, moments, refreshed, usable, share, overlap, displacement
+    )
     return prepared, oriented
 
 
@@ -116,7 +136,7 @@ def prepare_low(
     old = (state.q, state.r, state.singular_values)
     no = jnp.zeros((), bool)
     shares = (state.captured_energy, state.subspace_overlap)
-    return Prepared(low, others, old, moments, no, usable, *shares)
+    return Prepared(low, others, old, moments, no, usable, *shares, state.displacement)
 
 
 def _carriable(config: LowRankConfig, state: LowRankState, initial: Any) -> Any:
@@ -167,12 +187,28 @@ def complete(
     inner_update: Callable[..., Any] = config.inner.update
     moments = load_moments(prepared.projected, config.inner.init(prepared.low))
     inner_low, projected = inner_update(prepared.low, moments, None, **extra_args)
-    initial_others = config.inner.init(prepared.others)
-    inner_rest, others = inner_update(
+    initial_others = config.others_inner.init(prepared.others)
+    update_others: Callable[..., Any] = config.others_inner.update
+    inner_rest, others = update_others(
         prepared.others, load_moments(state.others, initial_others), None, **extra_args
     )
 
-    updates, norms = {}, {}
+    updates: dict[str, Any] = {}
+    wholes, memory = {}, state.residual
+    if config.residual is not DISCARD:
+        wholes, memory = config.residual.update(
+            Situation(
+                plan,
+                oriented,
+                projectors,
+                prepared.low,
+                inner_low,
+                state.residual,
+                state.count - state.skipped + 1,
+                prepared.refreshed,
+                step_key(state.ascent.seed, state.count, RESIDUAL),
+            )
+        )
     for path, target in targets.items():
         leaf = plan.leaves[path]
         if leaf.view is None:
@@ -182,14 +218,10 @@ def complete(
         if config.factored_updates:
             updates[path] = leaf.view.product(projectors[path].astype(inner.dtype), inner)
             continue
-        rule, norm = RESIDUALS[config.residual], state.residual_norms.get(path)
-        if config.residual == "discard":
-            whole = lift(projectors[path], inner)
+        if path in wholes:
+            whole = jnp.where(usable, scale * wholes[path], 0)
         else:
-            whole, norms[path] = rule(
-                oriented[path], projectors[path], prepared.low[path], inner_low[path], norm
-            )
-            whole = jnp.where(usable, scale * whole, 0)
+            whole = lift(projectors[path], inner)
         updates[path] = leaf.view.leaf(leaf.view.orient(whole)).astype(target.dtype)
 
     subspaces, overlap = prepared.subspaces, prepared.overlap
@@ -210,7 +242,8 @@ def complete(
     changed = proposed._replace(
         projected=store_moments(projected, dtype, jax.random.fold_in(key, 0)),
         others=store_moments(others, dtype, jax.random.fold_in(key, 1)),
-        residual_norms=norms if keeps_norm(config.residual) else {},
+        residual=memory,
+        displacement=prepared.displacement,
         captured_energy=prepared.captured_energy,
         subspace_overlap=overlap,
     )

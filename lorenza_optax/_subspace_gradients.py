@@ -32,6 +32,7 @@ from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._refresh import is_due
 from lorenza_optax._renewal import carried
+from lorenza_optax._residual import DISCARD
 from lorenza_optax._selection import Rank
 from lorenza_optax._sketch import WARM_UP, sketch_rows
 from lorenza_optax._state import LowRankState, check_same_tree, low_rank_like
@@ -144,7 +145,7 @@ def subspace_value_and_grad(
     """
     chosen = dict(locals())
     del chosen["value_fn"], chosen["has_aux"]
-    config = low_rank_config(**chosen, residual="discard")
+    config = low_rank_config(**chosen, residual=DISCARD)
 
     def value_and_grad(
         params: Any, *args: Any, opt_state: Any, **kwargs: Any

@@ -253,7 +253,7 @@ def test_lorenza_plus_moves_outside_the_subspace_too(add_back):
     outside = lambda u: u - q @ (q.T @ u)  # noqa: E731
     assert jnp.linalg.norm(outside(inside[-1]["a"])) < 1e-4
     assert jnp.linalg.norm(outside(updates[-1]["a"])) > 1e-1
-    assert set(state[0].residual_norms) == {"a", "b"}
+    assert set(state[0].residual["norm"]) == {"a", "b"}
 
 
 @pytest.mark.parametrize("make", [lorenza, lorenza_plus])
@@ -271,7 +271,7 @@ def test_an_unusable_gradient_skips_the_step(make, bad):
         states.append(state)
         if t in (0, 3):
             chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, updates))
-            for field in ("q", "r", "projected", "others", "residual_norms"):
+            for field in ("q", "r", "projected", "others", "residual"):
                 chex.assert_trees_all_equal(getattr(state[0], field), getattr(before[0], field))
         else:
             assert jnp.linalg.norm(updates["a"]) > 0
