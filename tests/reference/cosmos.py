@@ -8,8 +8,7 @@ from .subspace import align, compressed_side, svd_factors
 
 
 def unit(x):
-    """x / ||x||_F; zero stays zero."""
-    return x / (np.linalg.norm(x) or 1.0)
+    return x / (np.linalg.norm(x) or 1.0)  # zero stays zero
 
 
 def run(
@@ -21,7 +20,6 @@ def run(
     projected,
     learning_rate,
     gamma=0.2,
-    scale=1.0,
     proj_type="std",
     b1=0.95,
     b2=0.95,
@@ -32,13 +30,12 @@ def run(
     M <- b1 M + (1 - b1) G;  first P from the SVD of G, S = (1 - b2) P^T G G^T P; later
     P <- QR(b2 P S + (1 - b2) G G^T P), S <- P^T (b2 P_old S P_old^T + (1 - b2) G G^T) P;
     V <- b2 V + (1 - b2)(P^T G)^2;  A = P [(P^T M / (1 - b1^t')) / sqrt((V + eps) / (1 - b2^t'))],
-    B = sqrt(k) unit(NS(M - P P^T M)),  W <- W - lr scale sqrt(k) unit(A + gamma sqrt(l) B).
+    B = sqrt(k) unit(NS(M - P P^T M)),  W <- W - lr sqrt(k) unit(A + gamma sqrt(l) B).
     """
     params = {name: np.array(value, np.float64) for name, value in params.items()}
     right = {k: compressed_side(params[k].shape, proj_type) == "right" for k in projected}
     full = adam.init({k: x.shape for k, x in params.items() if k not in projected})
-    m, v, s, p = (dict.fromkeys(projected, 0.0) for _ in range(4))
-    history = []
+    m, v, s, p, history = *(dict.fromkeys(projected, 0.0) for _ in range(4)), []
     for t in range(steps):
         gradient = grad(params, t)
         update, full = adam.direction(full, {k: gradient[k] for k in full["m"]}, b1, b2, eps)
@@ -56,9 +53,8 @@ def run(
             low, root = p[k].T @ m[k], np.sqrt((v[k] + eps) / (1 - b2 ** (t + 1)))
             a = p[k] @ (low / (1 - b1 ** (t + 1)) / root)
             b = np.sqrt(len(g)) * unit(newton_schulz(unit(m[k] - p[k] @ low)))
-            u = scale * np.sqrt(len(g)) * unit(a + gamma * np.sqrt(g.shape[1]) * b)
+            u = np.sqrt(len(g)) * unit(a + gamma * np.sqrt(g.shape[1]) * b)
             update[k] = u.T if right[k] else u
         params = {k: x - learning_rate * update[k] for k, x in params.items()}
-        state = {"m": dict(m), "v": dict(v), "s": dict(s), "p": dict(p)}
-        history.append({"params": params, "update": update} | state)
+        history.append({"params": params, "m": dict(m), "v": dict(v), "s": dict(s), "p": dict(p)})
     return history

@@ -7,8 +7,7 @@ from .subspace import align, compressed_side, svd_factors
 
 
 def unit(x):
-    """x / ||x||_F; zero stays zero."""
-    return x / (np.linalg.norm(x) or 1.0)
+    return x / (np.linalg.norm(x) or 1.0)  # zero stays zero
 
 
 def run(
@@ -33,7 +32,6 @@ def run(
     W <- W - lr scale P Adam(P^T G).
     """
     params = {name: np.array(value, np.float64) for name, value in params.items()}
-    projected = sorted(projected)
     right = {k: compressed_side(params[k].shape, proj_type) == "right" for k in projected}
     inner = adam.init({k: (rank, params[k].shape[0 if right[k] else 1]) for k in projected})
     full = adam.init({k: x.shape for k, x in params.items() if k not in projected})

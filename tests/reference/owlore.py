@@ -8,8 +8,7 @@ from .subspace import align, compressed_side, svd_factors
 
 def outlier_ratio(arrays, multiple):
     """Share of the entries of a layer's matrices that exceed `multiple` times their mean size."""
-    outliers = sum(np.sum(np.abs(x) > multiple * np.mean(np.abs(x))) for x in arrays)
-    return outliers / sum(x.size for x in arrays)
+    return np.mean(np.concatenate([(abs(x) > multiple * abs(x).mean()).ravel() for x in arrays]))
 
 
 def probabilities(layers, multiple):
@@ -29,40 +28,35 @@ def run(
     active,
     projected,
     learning_rate,
-    scale=1.0,
     proj_type="std",
     **betas,
 ):
-    """Run `steps` updates and return one record per update; betas: Adam's b1, b2 and eps.
+    """From t (t mod interval = 0) on the layers active(t) train, and what is outside of layers.
 
-    active(t) -> the layers that train from t (t mod interval = 0) on. Their leaves, "layers/i/...",
-    start from new moments, a new count and P of this gradient; P is renewed every `gap` updates
-    (outside of layers counted from 0). Projected: W <- W - lr scale P Adam(P^T G); else Adam.
+    Leaves "layers/i/..." start then with P of this G, new moments and count; P is renewed, moments
+    kept, `gap` updates later and so on (outside of layers from t = 0 on). Projected:
+    W <- W - lr P Adam(P^T G), others: Adam with the same count. betas: Adam's b1, b2 and eps.
     """
     params = {name: np.array(value, np.float64) for name, value in params.items()}
     right = {k: compressed_side(params[k].shape, proj_type) == "right" for k in projected}
-    shapes = {k: x.shape[::-1] if right.get(k) else x.shape for k, x in params.items()}
-    shapes = {k: (rank, s[1]) if k in projected else s for k, s in shapes.items()}
-    inner, p, layers, history = {}, {}, set(), []
+    state, p, layers, history = {}, {}, set(), []
     for t in range(steps):
-        gradient, update = grad(params, t), {k: np.zeros_like(x) for k, x in params.items()}
+        gradient, params = grad(params, t), dict(params)
         layers = set(active(t)) if t % interval == 0 else layers
         inside = {k for k in params if k.startswith("layers/") and int(k.split("/")[1]) in layers}
         outside = {k for k in params if not k.startswith("layers/")}
-        for names, since in (inside, t % interval), (outside, t):
-            state = (
-                inner.get(names is inside) if since else adam.init({k: shapes[k] for k in names})
-            )
+        for part, names, since in ("layers", inside, t % interval), ("rest", outside, t):
             g = {k: gradient[k].T if right.get(k) else gradient[k] for k in names}
-            for k in names & set(projected):
+            for k in names & right.keys():
                 if since % gap == 0:
                     new, _, rest = svd_factors(g[k], rank)
                     p[k] = align(new, rest, p[k])[0] if since else new
                 g[k] = p[k].T @ g[k]
-            moved, inner[names is inside] = adam.direction(state, g, **betas)
+            if since == 0:
+                state[part] = adam.init({k: x.shape for k, x in g.items()})
+            moved, state[part] = adam.direction(state[part], g, **betas)
             for k in names:
-                u = scale * p[k] @ moved[k] if k in p else moved[k]
-                update[k] = u.T if right.get(k) else u
-        params = {k: x - learning_rate * update[k] for k, x in params.items()}
-        history.append({"params": params, "layers": layers, "p": {k: p[k] for k in p}})
+                u = p[k] @ moved[k] if k in right else moved[k]
+                params[k] = params[k] - learning_rate * (u.T if right.get(k) else u)
+        history.append({"params": params, "layers": layers, "p": dict(p), "inner": dict(state)})
     return history
