@@ -31,11 +31,10 @@ def run(
     proj_type="std",
     **betas,
 ):
-    """From t (t mod interval = 0) on the layers active(t) train, and what is outside of layers.
+    """Layers active(t) train from t (t mod interval = 0) on, what is outside of layers always.
 
     Leaves "layers/i/..." start then with P of this G, new moments and count; P is renewed, moments
-    kept, `gap` updates later and so on (outside of layers from t = 0 on). Projected:
-    W <- W - lr P Adam(P^T G), others: Adam with the same count. betas: Adam's b1, b2 and eps.
+    kept, every `gap` updates. Projected: W <- W - lr P Adam(P^T G); others: Adam(betas).
     """
     params = {name: np.array(value, np.float64) for name, value in params.items()}
     right = {k: compressed_side(params[k].shape, proj_type) == "right" for k in projected}
@@ -52,9 +51,8 @@ def run(
                     new, _, rest = svd_factors(g[k], rank)
                     p[k] = align(new, rest, p[k])[0] if since else new
                 g[k] = p[k].T @ g[k]
-            if since == 0:
-                state[part] = adam.init({k: x.shape for k, x in g.items()})
-            moved, state[part] = adam.direction(state[part], g, **betas)
+            start = state[part] if since else adam.init({k: x.shape for k, x in g.items()})
+            moved, state[part] = adam.direction(start, g, **betas)
             for k in names:
                 u = p[k] @ moved[k] if k in right else moved[k]
                 params[k] = params[k] - learning_rate * (u.T if right.get(k) else u)
