@@ -44,7 +44,7 @@ def run(
         if t % gap == 0:
             old, kept = kept, {k: np.asarray(projector(k, t), np.float64) for k in projected}
             if m:
-                m |= {k: kept[k].T @ old[k] / len(kept[k]) @ m[k] for k in projected}
+                m = m | {k: kept[k].T @ old[k] / len(kept[k]) @ m[k] for k in projected}
         f, df = (lambda x, t=t: loss(x, t)), (lambda x, t=t: grad(x, t))
         drawn = coordinates(t)[:num_probes]
         slopes = [slope(f, df, params, lift(n), mu, estimator) for n in drawn]

@@ -34,8 +34,8 @@ def run(
     params = {name: np.array(value, np.float64) for name, value in params.items()}
     projected, kept, history = sorted(projected), {}, []
     right = {k: compressed_side(params[k].shape, proj_type) == "right" for k in projected}
-    rates = dict.fromkeys(params, other_learning_rate or learning_rate)
-    rates |= dict.fromkeys(projected, learning_rate)
+    other_rate = learning_rate if other_learning_rate is None else other_learning_rate
+    rates = {k: learning_rate if k in right else other_rate for k in params}
 
     def lift(tree):  # from coordinates to parameters
         lifted = {k: kept[k] @ tree[k] for k in projected}
