@@ -1,0 +1,1 @@
+"""What other implementations answer, stored, and the scripts that asked them."""
