@@ -136,12 +136,14 @@ def by_probes(
 def in_gradient(
     near: Landscape,
     subspaces: Subspaces,
+    arrays: Mapping[str, jax.Array],
     config: AscentConfig,
     scaled: Callable[[Displacement], Displacement] = lambda move: move,
 ) -> Ascent:
     """The gradient itself: P Pᵀ g on projected leaves, kept factored, and g on the others.
 
-    With ``scaled``, a diagonal T, the direction is T² g / ‖T g‖, and ‖T g‖ the norm.
+    ``arrays`` is θ as it was before it was marked as varying: what is found is the same on all
+    devices. With ``scaled``, a diagonal T, the direction is T² g / ‖T g‖, and ‖T g‖ the norm.
     """
     still = zero_moves(near, subspaces)
     others = {path: leaf for path, leaf in near.leaves.items() if path not in still}
@@ -159,7 +161,7 @@ def in_gradient(
         unit, norm = normalized(scaled(gradient), subspaces)
         return scaled(unit), norm
 
-    zero = _wide(Displacement(still, jax.tree.map(jnp.zeros_like, others)))
+    zero = _wide(Displacement(still, {path: jnp.zeros_like(arrays[path]) for path in others}))
     return Ascent(lambda: None, find, zero, lambda unit, rho: unit.scaled(rho))
 
 

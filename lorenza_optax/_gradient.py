@@ -78,7 +78,8 @@ class AdaptiveAscentState(NamedTuple):
     perturbed: Any
 
 
-AscentState = SubspaceAscentState | FullSpaceAscentState | GradientAscentState | AdaptiveAscentState
+DrawingAscentState = SubspaceAscentState | FullSpaceAscentState
+AscentState = DrawingAscentState | GradientAscentState | AdaptiveAscentState
 
 
 def initial_ascent_state(kind: type[Any], seed: int | None = None) -> Any:
@@ -106,7 +107,7 @@ def step_key(seed: jax.Array, count: jax.Array, salt: int) -> jax.Array:
 
 
 def draw_probes(
-    directions: Directions, state: AscentState, count: jax.Array, config: AscentConfig
+    directions: Directions, state: DrawingAscentState, count: jax.Array, config: AscentConfig
 ) -> Probe:
     """The probes of update ``count``: the same whichever way the gradient is asked for."""
     return directions.draw(step_key(state.seed, count, PROBE), config.num_probes)

@@ -166,10 +166,10 @@ def chosen_ascent(
         return None
     mu = value_at(config.mu, count)
     if around.full_space == "gradient":
-        return in_gradient(near, around.subspaces, config)
+        return in_gradient(near, around.subspaces, arrays, config)
     if around.full_space == "adaptive":
         scaled = adaptive(arrays, value_at(config.eta, count))
-        return in_gradient(near, around.subspaces, config, scaled)
+        return in_gradient(near, around.subspaces, arrays, config, scaled)
     if around.full_space:
         directions = full_space(arrays)
         return by_probes(near, directions, lambda: around.draw(directions), mu, config)
@@ -179,7 +179,7 @@ def chosen_ascent(
         directions = in_subspace(around.subspaces, around.partners)
         return by_probes(near, directions, lambda: around.draw(directions), mu, config)
     if config.ascent == "subspace":
-        return in_gradient(near, around.subspaces, config)
+        return in_gradient(near, around.subspaces, arrays, config)
     if not jax.tree.leaves(around.moments):
         raise ValueError(
             f"ascent={config.ascent!r} needs a first moment, and the optimizer that opt_state is of"
