@@ -1,5 +1,6 @@
 """LORENZA and its family: low-rank, sharpness-aware training as Optax transformations."""
 
+from lorenza_optax import methods
 from lorenza_optax._arguments import STRUCTURAL_ARGS
 from lorenza_optax._check_state import check_state
 from lorenza_optax._diagnostics import diagnostics
@@ -37,6 +38,7 @@ __all__ = [
     "diagnostics",
     "lorenza",
     "lorenza_plus",
+    "methods",
     "momentum_sam",
     "momentum_sam_eval_params",
     "perturbed_value_and_grad",

@@ -19,6 +19,7 @@ __all__ = [
     "ASCENTS",
     "Ascent",
     "AscentConfig",
+    "adaptive",
     "along_moments",
     "by_probes",
     "in_gradient",
@@ -47,6 +48,7 @@ class AscentConfig:
     scale_probes: bool = False
     ascent_fn: Callable[..., Any] | None = None
     factored: bool = True
+    eta: Any = 0.01
 
     def __post_init__(self) -> None:
         check_number("rho", self.rho)
@@ -62,6 +64,9 @@ class AscentConfig:
         check_choice("probe_factors", self.probe_factors, PROBE_FACTORS)
         check_choice("scale_probes", self.scale_probes, (False, True))
         check_choice("factored", self.factored, (False, True))
+        check_number("eta", self.eta)
+        if isinstance(self.eta, (int, float)) and self.eta < 0:
+            raise ValueError(f"eta must be at least 0, got {self.eta}.")
         if self.ascent_fn is not None and not callable(self.ascent_fn):
             raise TypeError(f"ascent_fn must be a function, got {type(self.ascent_fn).__name__}.")
 
@@ -128,8 +133,18 @@ def by_probes(
     )
 
 
-def in_gradient(near: Landscape, subspaces: Subspaces, config: AscentConfig) -> Ascent:
-    """The gradient itself: P Pᵀ g on projected leaves, kept factored, and g on the others."""
+def in_gradient(
+    near: Landscape,
+    subspaces: Subspaces,
+    arrays: Mapping[str, jax.Array],
+    config: AscentConfig,
+    scaled: Callable[[Displacement], Displacement] = lambda move: move,
+) -> Ascent:
+    """The gradient itself: P Pᵀ g on projected leaves, kept factored, and g on the others.
+
+    ``arrays`` is θ as it was before it was marked as varying: what is found is the same on all
+    devices. With ``scaled``, a diagonal T, the direction is T² g / ‖T g‖, and ‖T g‖ the norm.
+    """
     still = zero_moves(near, subspaces)
     others = {path: leaf for path, leaf in near.leaves.items() if path not in still}
 
@@ -143,10 +158,23 @@ def in_gradient(near: Landscape, subspaces: Subspaces, config: AscentConfig) -> 
         gradient = Displacement(*jax.grad(loss, (0, 1))(*at))
         if config.axis_name is not None:
             gradient = jax.lax.pmean(gradient, config.axis_name)
-        return normalized(gradient, subspaces)
+        unit, norm = normalized(scaled(gradient), subspaces)
+        return scaled(unit), norm
 
-    zero = _wide(Displacement(still, jax.tree.map(jnp.zeros_like, others)))
+    zero = _wide(Displacement(still, {path: jnp.zeros_like(arrays[path]) for path in others}))
     return Ascent(lambda: None, find, zero, lambda unit, rho: unit.scaled(rho))
+
+
+def adaptive(weights: Mapping[str, jax.Array], eta: Any) -> Callable[[Displacement], Displacement]:
+    """T = |w| + η of ASAM, for moves in the full space."""
+
+    def scaled(move: jax.Array, weight: jax.Array) -> jax.Array:
+        size = jnp.abs(weight.astype(move.dtype)) + jnp.asarray(eta).astype(move.dtype)
+        return jnp.where(move == 0, 0, size * move)  # 0 · inf is not 0
+
+    return lambda move: Displacement(
+        move.low, {path: scaled(leaf, weights[path]) for path, leaf in move.full.items()}
+    )
 
 
 def along_moments(

@@ -34,9 +34,9 @@ def find_states(opt_state: Any) -> dict[str, Any]:
     }
     if not states:
         raise ValueError(
-            "opt_state holds no state of lorenza, adazo_sam or zo_sam_perturbation (found a"
-            f" {type(opt_state).__name__}): pass the state of the optimizer that the gradients"
-            " go to, such as TrainState.opt_state."
+            "opt_state holds no state of lorenza, adazo_sam, zo_sam_perturbation, methods.sam or"
+            f" methods.asam (found a {type(opt_state).__name__}): pass the state of the"
+            " optimizer that the gradients go to, such as TrainState.opt_state."
         )
     return states
 

@@ -15,7 +15,9 @@ from lorenza_optax._landscape import Displacement, Landscape, Subspaces
 from lorenza_optax._mesh import mark_varying
 
 __all__ = [
+    "AdaptiveAscentState",
     "FullSpaceAscentState",
+    "GradientAscentState",
     "LowRankGradient",
     "SubspaceAscentState",
     "SubspaceGradients",
@@ -60,13 +62,33 @@ class FullSpaceAscentState(NamedTuple):
     perturbed: Any
 
 
-AscentState = SubspaceAscentState | FullSpaceAscentState
+class GradientAscentState(NamedTuple):
+    """What SAM keeps: nothing is drawn; fields as in :class:`SubspaceAscentState`."""
+
+    value: Any
+    ascent_norm: Any
+    perturbed: Any
 
 
-def initial_ascent_state(kind: type[Any], seed: int) -> Any:
-    """A fresh :class:`SubspaceAscentState` or :class:`FullSpaceAscentState`."""
+class AdaptiveAscentState(NamedTuple):
+    """What ASAM keeps: as :class:`GradientAscentState`, and a kind of its own."""
+
+    value: Any
+    ascent_norm: Any
+    perturbed: Any
+
+
+DrawingAscentState = SubspaceAscentState | FullSpaceAscentState
+AscentState = DrawingAscentState | GradientAscentState | AdaptiveAscentState
+
+
+def initial_ascent_state(kind: type[Any], seed: int | None = None) -> Any:
+    """A fresh state of one of the kinds above; without a seed of one that keeps none."""
+    drawn = {}
+    if seed is not None:
+        drawn["seed"] = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
     return kind(
-        seed=jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
+        **drawn,
         value=jnp.zeros((), jnp.float32),
         ascent_norm=jnp.zeros((), jnp.float32),
         perturbed=jnp.zeros((), bool),
@@ -85,7 +107,7 @@ def step_key(seed: jax.Array, count: jax.Array, salt: int) -> jax.Array:
 
 
 def draw_probes(
-    directions: Directions, state: AscentState, count: jax.Array, config: AscentConfig
+    directions: Directions, state: DrawingAscentState, count: jax.Array, config: AscentConfig
 ) -> Probe:
     """The probes of update ``count``: the same whichever way the gradient is asked for."""
     return directions.draw(step_key(state.seed, count, PROBE), config.num_probes)

@@ -68,8 +68,8 @@ def perturbed_landscape(
     has_aux: bool = False,
 ) -> tuple[Landscape, Displacement, jax.Array, jax.Array]:
     """The loss near θ, the move ε of this update, ‖A‖, and whether it is perturbed."""
-    params = varying(params, config)
     arrays = leaves_by_path(params)
+    params = varying(params, config)
     full = full_paths(config, around, arrays)
 
     def near(loss: Loss, has_aux: bool) -> Landscape:

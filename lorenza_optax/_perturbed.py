@@ -12,13 +12,13 @@ import optax
 from lorenza_optax._ascent import AscentConfig
 from lorenza_optax._directions import Directions, Probe, in_subspace
 from lorenza_optax._find import find_states
-from lorenza_optax._gradient import FullSpaceAscentState, full_gradient, like_params
+from lorenza_optax._gradient import full_gradient, like_params
 from lorenza_optax._in_update import perturbed_landscape
 from lorenza_optax._landscape import Displacement, Subspaces
 from lorenza_optax._matrix_view import MatrixView, matrix_view
 from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import dimension_numbers_by_path
-from lorenza_optax._surroundings import Surroundings, applied, of_state
+from lorenza_optax._surroundings import Surroundings, applied, full_space_ascent, of_state
 
 __all__ = ["perturbed_value_and_grad", "surroundings_of_states"]
 
@@ -38,6 +38,7 @@ def perturbed_value_and_grad(
     scale_probes: bool = False,
     ascent_fn: Callable[..., Any] | None = None,
     factored: bool = True,
+    eta: optax.ScalarOrSchedule = 0.01,
     proj_type: str = "std",
     weight_dimension_numbers: Any = None,
     axis_name: Any = None,
@@ -48,10 +49,12 @@ def perturbed_value_and_grad(
     For training loops that call ``tx.update(grads, opt_state, params)`` and no more: linen's
     ``TrainState.apply_gradients``, gradient accumulation, clipping in front, other people's
     trainers. The subspace, the seed and the count are read from ``opt_state``, wherever in it
-    :func:`lorenza` (or :func:`adazo_sam`, :func:`zo_sam_perturbation`) sits, in ``chain``,
-    ``masked``, ``partition`` or ``MultiSteps``; no state is changed. Several states share one
-    norm. The gradient is that of ``update(..., value_fn=value_fn)`` with the same arguments:
-    bit for bit in the same compiled program, to round-off across programs.
+    :func:`lorenza` (or :func:`adazo_sam`, :func:`zo_sam_perturbation`, :func:`methods.sam`,
+    :func:`methods.asam`) sits, in ``chain``, ``masked``, ``partition`` or ``MultiSteps``; no state
+    is changed. Several states share one norm. The state of one of those four tells itself which
+    ascent it is for, over all leaves; of ``ascent`` only "none" then has an effect. The gradient
+    is that of ``update(..., value_fn=value_fn)`` with the same arguments: bit for bit in the same
+    compiled program, to round-off across programs.
 
     Args:
       value_fn: ``value_fn(params, *args, **kwargs)`` to a scalar, or with ``has_aux`` to
@@ -69,6 +72,7 @@ def perturbed_value_and_grad(
       scale_probes: Whether probes are scaled with the singular values.
       ascent_fn: The loss whose ascent is looked for, with the arguments of ``value_fn``.
       factored: Whether perturbed weights are kept factored.
+      eta: η of :func:`methods.asam`.
       proj_type: As given to :func:`lorenza`.
       weight_dimension_numbers: Likewise.
       axis_name: Mapped axis over which the loss is per device (``shard_map``, ``pmap``).
@@ -115,6 +119,7 @@ def perturbed_value_and_grad(
         scale_probes=scale_probes,
         ascent_fn=ascent_fn,
         factored=factored,
+        eta=eta,
     )
 
     def value_and_grad(params: Any, *args: Any, opt_state: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -145,12 +150,13 @@ def surroundings_of_states(
 ) -> Surroundings:
     """What all states together say; their probes are drawn each from its own seed."""
     arrays = leaves_by_path(params)
-    in_full = [isinstance(state.ascent, FullSpaceAscentState) for state in states]
-    if any(in_full):
-        if not all(in_full):
+    kinds = {full_space_ascent(state) for state in states}
+    if kinds != {None}:
+        if len(kinds) > 1:
             raise ValueError(
-                "opt_state holds both a state with an ascent in the full space (adazo_sam,"
-                " zo_sam_perturbation) and one of lorenza: perturb by one of them only."
+                "opt_state holds states of several ascents, of which one is in the full space"
+                " (adazo_sam, zo_sam_perturbation, methods.sam, methods.asam): perturb by one of"
+                " them only."
             )
         return of_state(config, {}, states[0])
 
@@ -195,7 +201,7 @@ def _together(found: list[Surroundings]) -> Surroundings:
             union(*(one.moments.full for one in found)),
         ),
         draw,
-        False,
+        None,
         jnp.all(jnp.stack([one.ready for one in found])),
     )
 

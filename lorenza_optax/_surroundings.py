@@ -9,10 +9,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorenza_optax._ascent import Ascent, AscentConfig, along_moments, by_probes, in_gradient
+from lorenza_optax._ascent import (
+    Ascent,
+    AscentConfig,
+    adaptive,
+    along_moments,
+    by_probes,
+    in_gradient,
+)
 from lorenza_optax._checks import value_at
 from lorenza_optax._directions import Directions, Probe, full_space, in_subspace
-from lorenza_optax._gradient import FullSpaceAscentState, draw_probes
+from lorenza_optax._gradient import (
+    AdaptiveAscentState,
+    FullSpaceAscentState,
+    GradientAscentState,
+    draw_probes,
+)
 from lorenza_optax._inner import FIRST_MOMENTS, first_moment
 from lorenza_optax._landscape import Displacement, Landscape, Subspaces
 from lorenza_optax._matrix_view import MatrixView
@@ -24,6 +36,7 @@ __all__ = [
     "bound_loss",
     "chosen_ascent",
     "full_paths",
+    "full_space_ascent",
     "of_state",
 ]
 
@@ -37,7 +50,7 @@ class Surroundings(NamedTuple):
       rows: Rows ([b,] r, l) close to the leading right singular vectors, of any length.
       moments: First moments, of projected leaves in their subspaces; empty if there are none.
       draw: directions -> this step's probes.
-      in_full_space: Whether directions are those of AdaZo-SAM.
+      full_space: Which ascent over all leaves the state is of, see :func:`full_space_ascent`.
       ready: Whether there are subspaces yet.
     """
 
@@ -46,7 +59,7 @@ class Surroundings(NamedTuple):
     rows: Mapping[str, jax.Array]
     moments: Displacement
     draw: Callable[[Directions], Probe]
-    in_full_space: bool
+    full_space: str | None
     ready: Any
 
 
@@ -64,9 +77,19 @@ def applied(
     return None if function is None else lambda at: function(at, *args, **kwargs)
 
 
+def full_space_ascent(state: Any) -> str | None:
+    """The ascent over all leaves that a state is of, by AdaZo-SAM, SAM or ASAM; else None."""
+    kinds = {
+        FullSpaceAscentState: "zo",
+        GradientAscentState: "gradient",
+        AdaptiveAscentState: "adaptive",
+    }
+    return kinds.get(type(state.ascent))
+
+
 def of_state(config: AscentConfig, views: Mapping[str, MatrixView], state: Any) -> Surroundings:
     """What one state with the views of its projected leaves says."""
-    in_full = isinstance(state.ascent, FullSpaceAscentState)
+    in_full = full_space_ascent(state)
     low = whole(first_moment(getattr(state, "projected", ())) or {})
     full = first_moment(getattr(state, "others", ())) or {}
     q, r = whole((getattr(state, "q", {}), getattr(state, "r", {})))
@@ -126,7 +149,7 @@ def full_paths(
     """Leaves that are displaced in full."""
     if config.never_perturbs:
         return frozenset()
-    if around.in_full_space:
+    if around.full_space:
         return frozenset(arrays)
     return frozenset(set(arrays) - set(around.subspaces.views)) if config.moves_all else frozenset()
 
@@ -142,7 +165,12 @@ def chosen_ascent(
     if config.never_perturbs:
         return None
     mu = value_at(config.mu, count)
-    if around.in_full_space:
+    if around.full_space == "gradient":
+        return in_gradient(near, around.subspaces, arrays, config)
+    if around.full_space == "adaptive":
+        scaled = adaptive(arrays, value_at(config.eta, count))
+        return in_gradient(near, around.subspaces, arrays, config, scaled)
+    if around.full_space:
         directions = full_space(arrays)
         return by_probes(near, directions, lambda: around.draw(directions), mu, config)
     if not around.subspaces.views:
@@ -151,7 +179,7 @@ def chosen_ascent(
         directions = in_subspace(around.subspaces, around.partners)
         return by_probes(near, directions, lambda: around.draw(directions), mu, config)
     if config.ascent == "subspace":
-        return in_gradient(near, around.subspaces, config)
+        return in_gradient(near, around.subspaces, arrays, config)
     if not jax.tree.leaves(around.moments):
         raise ValueError(
             f"ascent={config.ascent!r} needs a first moment, and the optimizer that opt_state is of"

@@ -23,15 +23,16 @@ from lorenza_optax._in_update import full_gradient_in_update
 from lorenza_optax._low_rank import low_rank
 from lorenza_optax._surroundings import of_state
 
-__all__ = ["ZoSamState", "adazo_sam", "zo_sam_perturbation"]
+__all__ = ["ZoSamState", "adazo_sam", "ascent_stage", "zo_sam_perturbation"]
 
 
 class ZoSamState(NamedTuple):
-    """State of :func:`zo_sam_perturbation`.
+    """State of :func:`zo_sam_perturbation`, :func:`methods.sam` and :func:`methods.asam`.
 
     Attributes:
       count: Updates so far, int32.
-      ascent: Seed, ``value`` (the loss at the perturbed point), ``ascent_norm``, ``perturbed``.
+      ascent: ``value`` (the loss at the perturbed point), ``ascent_norm`` and ``perturbed``; for
+        :func:`zo_sam_perturbation` the seed too. Its type tells which of them it is for.
     """
 
     count: Any
@@ -106,11 +107,22 @@ def zo_sam_perturbation(
         rho, mu, num_probes, "zo", estimator, probe_batch_size, perturb_every, axis_name
     )
     check_int("seed", seed, 0)
+    return ascent_stage(config, lambda: initial_ascent_state(FullSpaceAscentState, seed))
+
+
+def ascent_stage(
+    config: AscentConfig, initial: Callable[[], Any]
+) -> optax.GradientTransformationExtraArgs:
+    """The chain stage that replaces what comes in by the gradient at θ + ε.
+
+    Args:
+      config: The ascent's configuration.
+      initial: () -> the ascent's state at first, whose type tells which ascent it is.
+    """
 
     def init(params: Any) -> ZoSamState:
         del params
-        count = jnp.zeros((), jnp.int32)
-        return ZoSamState(count, initial_ascent_state(FullSpaceAscentState, seed))
+        return ZoSamState(jnp.zeros((), jnp.int32), initial())
 
     def update(
         updates: Any,

@@ -32,8 +32,17 @@ METHODS = {
     "zo_sam_perturbation": lambda **kwargs: optax.chain(
         lorenza_optax.zo_sam_perturbation(**kwargs), optax.adam(1e-2)
     ),
+    "sam": lambda **kwargs: optax.chain(lorenza_optax.methods.sam(**kwargs), optax.adam(1e-2)),
+    "asam": lambda **kwargs: optax.chain(lorenza_optax.methods.asam(**kwargs), optax.adam(1e-2)),
 }  # fmt: skip
-each_method = pytest.mark.parametrize("method", METHODS)
+STAGES = ("zo_sam_perturbation", "sam", "asam")  # which keep nothing of a gradient
+
+
+def _methods(*left_out, slow=("sam",)):  # whatever SAM does, ASAM does too
+    return [problems.slow(m) if m in slow else m for m in METHODS if m not in left_out]
+
+
+each_method = pytest.mark.parametrize("method", _methods())
 
 
 def _problem(dtype=jnp.float32):
@@ -164,7 +173,7 @@ def test_serialization_resumes_bit_for_bit(method, tmp_path):
 
 
 # test_wrappers.py has LORENZA in all of them.
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("lorenza", "lorenza_plus")])
+@pytest.mark.parametrize("method", _methods("lorenza", "lorenza_plus"))
 @pytest.mark.parametrize("wrapper", ["masked", "MultiSteps", "apply_if_finite"])
 def test_wrappers_train_by_the_outer_gradient(method, wrapper):
     tx = METHODS[method]()
@@ -181,7 +190,7 @@ def test_wrappers_train_by_the_outer_gradient(method, wrapper):
     state = wrapped.init(params)
     bad = jax.tree.map(lambda p: p * jnp.nan, params)
     _, state = jax.jit(wrapped.update)(bad, state, params)
-    if method != "zo_sam_perturbation" and wrapper != "MultiSteps":
+    if method not in STAGES and wrapper != "MultiSteps":
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
 
 
@@ -191,6 +200,7 @@ INJECTED = {
     "scale_by_lorenza": (lorenza_optax.scale_by_lorenza, {"rank": 4, "update_proj_gap": 2}),
     "adazo_sam": (lorenza_optax.adazo_sam, {}),
     "zo_sam_perturbation": (lorenza_optax.zo_sam_perturbation, {}),
+    "asam": (lorenza_optax.methods.asam, {}),
 }
 
 
@@ -200,7 +210,8 @@ def test_inject_hyperparams(name, dtype):
     factory, kwargs = INJECTED[name]
     names = inspect.signature(factory).parameters
     static = [arg for arg in (*STRUCTURAL_ARGS, "add_back") if arg in names]
-    schedules = {"rho": optax.linear_schedule(0.0, 0.1, 3), "mu": 1e-3}
+    schedules = {"rho": optax.linear_schedule(0.0, 0.1, 3)}
+    schedules |= {k: v for k, v in (("mu", 1e-3), ("eta", 0.1)) if k in names}
     if "learning_rate" in names:
         schedules |= {"learning_rate": 1e-2, "weight_decay": optax.constant_schedule(0.1)}
     if "scale" in names:
@@ -219,9 +230,7 @@ def test_inject_hyperparams(name, dtype):
     assert set(state_two.hyperparams) == set(schedules)
 
 
-@pytest.mark.parametrize(
-    "method", [problems.slow(m) if m in ("lorenza", "lorenza_plus") else m for m in METHODS]
-)
+@pytest.mark.parametrize("method", _methods(slow=("lorenza", "lorenza_plus", "sam")))
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 # test_meshes.py has LORENZA in every layout.
 @pytest.mark.parametrize("spec", [problems.slow(P("x", None)), P("x", "y")], ids=str)
@@ -327,14 +336,14 @@ def test_nnx_optimizer(method):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("make", ["lorenza", "lorenza-subspace", "zo_sam_perturbation"])
+@pytest.mark.parametrize("make", ["lorenza", "lorenza-subspace", *STAGES])
 def test_shard_map_averages_over_the_named_axis(make, check_vma):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    params = problems.params(shapes={"a": (12, 20)})
+    params = problems.params(shapes={"a": (12, 20), "bias": (20,)})
     x = jax.random.normal(jax.random.key(0), (64, 12))
 
     def loss(params, x):
-        return jnp.mean(jnp.tanh(x @ params["a"]) ** 2)
+        return jnp.mean(jnp.tanh(x @ params["a"] + params["bias"]) ** 2)
 
     def train(tx, shard):
         def step(params, state, x):
@@ -357,7 +366,8 @@ def test_shard_map_averages_over_the_named_axis(make, check_vma):
             kwargs |= {"ascent": "subspace"} if make.endswith("subspace") else {}
             kwargs |= {"rank": 4, "base_optimizer": optax.identity()}
             return lorenza_optax.lorenza(1.0, **kwargs)
-        return optax.chain(lorenza_optax.zo_sam_perturbation(**kwargs), optax.sgd(1.0))
+        factory = getattr(lorenza_optax, make, None) or getattr(lorenza_optax.methods, make)
+        return optax.chain(factory(**kwargs), optax.sgd(1.0))
 
     whole = train(build(), False)
     sharded = train(build(axis_name="data"), True)

@@ -72,6 +72,10 @@ LAYERS = [
 ]
 
 
+# Files of methods/ that build on others of methods/.
+METHODS_THAT_USE = {}
+
+
 def _imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -89,6 +93,19 @@ def test_imports_point_down():
         assert own <= set(below), f"{name} imports {own - set(below)}"
 
 
+def test_methods_build_on_the_layers_and_stay_short():
+    for path in (PACKAGE / "methods").glob("*.py"):
+        parts = [m.split(".")[1:] for m in _imports(path) if m.split(".")[0] == "lorenza_optax"]
+        assert all(parts), f"{path} imports lorenza_optax itself"
+        if path.stem == "__init__":
+            assert all(names[0] == "methods" for names in parts)
+            continue
+        allowed = {(layer,) for layer in LAYERS[: LAYERS.index("_zo_sam") + 1]}
+        allowed |= {("methods", name) for name in METHODS_THAT_USE.get(path.stem, ())}
+        assert set(map(tuple, parts)) <= allowed, f"{path}: {set(map(tuple, parts)) - allowed}"
+        assert len(path.read_text().splitlines()) <= 120, path
+
+
 def test_no_private_imports_and_flax_in_its_own_files():
     for path in PACKAGE.rglob("*.py"):
         for module in _imports(path):
@@ -104,8 +121,8 @@ def test_files_stay_short():
 
 
 def test_public_names_have_docstrings_with_examples():
-    for name in lorenza_optax.__all__:
-        documented = getattr(lorenza_optax, name)
+    for module, name in [(m, n) for m in (lorenza_optax, lorenza_optax.methods) for n in m.__all__]:
+        documented = getattr(module, name)
         if callable(documented) and name[0].islower():
             for section in ("Args:", "Returns:", "Raises:", "Examples:"):
                 assert section in documented.__doc__, f"{name} lacks {section}"
