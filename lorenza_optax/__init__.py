@@ -1,7 +1,7 @@
 """LORENZA and its family: low-rank, sharpness-aware training as Optax transformations."""
 
 from lorenza_optax import methods
-from lorenza_optax._arguments import STRUCTURAL_ARGS
+from lorenza_optax._arguments import STRUCTURAL_ARGS, structural_args
 from lorenza_optax._check_state import check_state
 from lorenza_optax._diagnostics import diagnostics
 from lorenza_optax._gradient import SubspaceGradients
@@ -47,6 +47,7 @@ __all__ = [
     "scale_by_lorenza",
     "select_leaves",
     "state_shardings",
+    "structural_args",
     "subspace_value_and_grad",
     "zo_sam_perturbation",
 ]

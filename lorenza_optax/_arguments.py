@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from lorenza_optax._config import LowRankConfig
 from lorenza_optax._low_rank import low_rank
 from lorenza_optax._update import LowRankUpdate
 
-__all__ = ["STRUCTURAL_ARGS", "low_rank_config", "scale_by", "with_decay"]
+__all__ = ["STRUCTURAL_ARGS", "low_rank_config", "scale_by", "structural_args", "with_decay"]
 
 STRUCTURAL_ARGS = (
     "rank",
@@ -51,6 +53,32 @@ STRUCTURAL_ARGS = (
 ``optax.inject_hyperparams``. Injectable are ``learning_rate``, ``rho``, ``mu``, ``scale`` and
 ``weight_decay``. Adam's ``b1``, ``b2`` and ``eps`` could be injected, but Optax casts what it
 injects to the parameters' dtype, and in bfloat16 0.999 is 1."""
+
+
+INJECTABLE = ("learning_rate", "rho", "mu", "scale", "weight_decay")
+
+
+def structural_args(factory: Callable[..., Any]) -> tuple[str, ...]:
+    """The arguments of a factory that fix the program: the rest may change in training.
+
+    Args:
+      factory: :func:`lorenza`, a function of ``lorenza_optax.methods`` or another one here.
+
+    Returns:
+      Their names: the ``static_args`` for ``optax.inject_hyperparams(factory, ...)``.
+
+    Raises:
+      TypeError: If ``factory`` is no function.
+
+    Examples:
+      >>> import optax, lorenza_optax
+      >>> galore = lorenza_optax.methods.galore
+      >>> static_args = lorenza_optax.structural_args(galore)
+      >>> tx = optax.inject_hyperparams(galore, static_args)(learning_rate=1e-2, rank=4)
+      >>> print("rank" in static_args, "learning_rate" in static_args)
+      True False
+    """
+    return tuple(n for n in inspect.signature(factory).parameters if n not in INJECTABLE)
 
 
 def low_rank_config(

@@ -13,8 +13,8 @@ import numpy as np
 
 _INJECTED = (
     " Under optax.inject_hyperparams every number becomes an array unless it is named in"
-    " static_args; pass static_args=lorenza_optax.STRUCTURAL_ARGS (for a factory that lacks"
-    " some of these names, those that it has)."
+    " static_args; pass static_args=lorenza_optax.STRUCTURAL_ARGS (for another factory than"
+    " lorenza, lorenza_optax.structural_args(factory))."
 )
 
 

@@ -155,7 +155,8 @@ def _sharded_like(leaves: Arrays, plan: ProjectionPlan, *trees: Arrays) -> list[
         own_axes = ((rows, None), (None, columns), (None,))
         for into, tree, own in zip(found, trees, own_axes, strict=True):
             if path in tree:
-                into[path] = placed(tree[path], (*batch, *own), leaves[path])
+                missing = tree[path].ndim - len(batch) - len(own)  # of S, (r, r)
+                into[path] = placed(tree[path], (*batch, *own, *[None] * missing), leaves[path])
     return found
 
 

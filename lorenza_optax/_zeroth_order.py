@@ -61,7 +61,7 @@ def zeroth_order_gradient(
             return _direction(config, plan, partners, key)
 
         like = Displacement(
-            dict.fromkeys(plan.projected, state.count),
+            {path: jnp.asarray(state.count) for path in plan.projected},
             {path: arrays[path] for path in plan.others},
         )
         return in_auto_mode(draw, key, partners, like=like)

@@ -1,0 +1,104 @@
+"""From the choices of a named method to its transformation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from lorenza_optax._arguments import with_decay
+from lorenza_optax._ascent import AscentConfig
+from lorenza_optax._checks import check_not_injected, check_transformation
+from lorenza_optax._config import Coordinates, LowRankConfig
+from lorenza_optax._low_rank import low_rank
+
+__all__ = ["by_backprop", "by_forward_passes", "with_learning_rate", "without_learning_rate"]
+
+Build = Callable[..., optax.GradientTransformationExtraArgs]
+_BEHIND = ("weight_decay", "mask", "learning_rate")
+
+
+def with_learning_rate(build: Build, **arguments: Any) -> optax.GradientTransformationExtraArgs:
+    """A method with its weight decay and learning rate behind it, from all its arguments."""
+    check_not_injected("mask", arguments.get("mask"))
+    behind = [arguments.pop(name) for name in _BEHIND]
+    return with_decay(build(**arguments), *behind)
+
+
+def without_learning_rate(method: Callable[..., Any], build: Build) -> Build:
+    """``scale_by_NAME`` from ``NAME``: its signature without what is behind it in the chain."""
+    whole = inspect.signature(method)
+    name = method.__name__
+    own = [p for p in whole.parameters.values() if p.name not in _BEHIND]
+    signature = whole.replace(parameters=own)
+
+    def scale_by(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return build(**bound.arguments)
+
+    scale_by.__name__ = scale_by.__qualname__ = f"scale_by_{name}"
+    scale_by.__module__ = method.__module__
+    scale_by.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    scale_by.__doc__ = f"""Rescales updates: :func:`{name}` without weight decay and learning rate.
+
+    Args:
+      {", ".join(p.name for p in own)}: As in :func:`{name}`.
+
+    Returns:
+      A transformation of the ``scale_by_*`` kind: no learning rate, no sign flip.
+
+    Raises:
+      ValueError, TypeError: As :func:`{name}`.
+
+    Examples:
+      ``optax.chain(scale_by_{name}(...), optax.scale_by_learning_rate(1e-3))``
+    """
+    return scale_by
+
+
+def by_backprop(
+    inner: optax.GradientTransformation, *, axis_name: Any = None, **axes: Any
+) -> optax.GradientTransformationExtraArgs:
+    """A low-rank method that takes gradients, or takes them itself where ``value_fn`` is given."""
+    ascent = AscentConfig(rho=0.0, ascent="none", axis_name=axis_name)
+    return _low_rank(inner, ascent, **axes)
+
+
+def by_forward_passes(
+    inner: optax.GradientTransformation,
+    *,
+    mu: Any,
+    num_probes: int,
+    estimator: str,
+    probe_batch_size: int | None,
+    axis_name: Any,
+    coordinates: Coordinates | None = None,
+    **axes: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """A zeroth-order method: along P N with these coordinates N, or without them in full space."""
+    ascent = AscentConfig(
+        rho=0.0,
+        mu=mu,
+        num_probes=num_probes,
+        ascent="none",
+        estimator=estimator,
+        probe_batch_size=probe_batch_size,
+        axis_name=axis_name,
+    )
+    if coordinates is None:
+        axes = {"rank": 1, "update_proj_gap": 1, "in_full_space": True, **axes}
+        coordinates = Coordinates(lambda normal, *_: normal, lambda leaf: (), lambda leaf: 1.0)
+    return _low_rank(inner, ascent, zeroth_order=coordinates, **axes)
+
+
+def _low_rank(
+    inner: optax.GradientTransformation, ascent: AscentConfig, **axes: Any
+) -> optax.GradientTransformationExtraArgs:
+    check_transformation("inner", inner)
+    if axes.get("inner_others") is not None:
+        axes["inner_others"] = optax.with_extra_args_support(axes["inner_others"])
+    inner = optax.with_extra_args_support(inner)
+    return low_rank(LowRankConfig(inner=inner, ascent=ascent, **axes))
