@@ -154,9 +154,9 @@ def surroundings_of_states(
     if kinds != {None}:
         if len(kinds) > 1:
             raise ValueError(
-                "opt_state holds states of several ascents, of which one is in the full space"
-                " (adazo_sam, zo_sam_perturbation, methods.sam, methods.asam): perturb by one of"
-                " them only."
+                "opt_state holds both a state with an ascent in the full space (adazo_sam,"
+                " zo_sam_perturbation, methods.sam, methods.asam) and one with another ascent:"
+                " perturb by one of them only."
             )
         return of_state(config, {}, states[0])
 

@@ -256,5 +256,5 @@ def test_errors():
     with pytest.raises(ValueError, match="needs params"):
         methods.sam().update(None, methods.sam().init(params), value_fn=problems.quadratic)
     both = optax.chain(methods.sam(), methods.asam())
-    with pytest.raises(ValueError, match="several ascents"):
+    with pytest.raises(ValueError, match="and one with another ascent"):
         perturbed_value_and_grad(problems.quadratic)(params, target, opt_state=both.init(params))

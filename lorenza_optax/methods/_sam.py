@@ -28,8 +28,8 @@ def sam(
 
     The first stage of a chain: whatever comes in is ignored if ``value_fn`` is given to
     ``update``, and passed on if it is not. In front of :func:`lorenza` or :func:`adazo_sam`,
-    which take such a gradient themselves, it changes nothing: there ``ascent="subspace"`` is the
-    gradient's.
+    which take their gradient themselves, it changes nothing; the former's nearest to SAM is
+    ``lorenza(..., ascent="subspace")``.
 
     Args:
       rho: Radius ρ of the perturbation, in units of the parameters; a schedule may give it.
