@@ -69,7 +69,7 @@ def main_job(arguments):
         llama.loss_of(plan.model),
         llama.init(plan.model, plan.seed),
         lambda step: corpus.train_batch(data.train, plan.seed, step, plan.batch_size, plan.seq_len),
-        optimizers.LEARNING_RATES["lorenza"],
+        optimizers.OPTIMIZERS["lorenza"].pretraining,
         plan.settings,
         plan.steps,
         # Ages of the subspace (T = 20) of 5, 10 and 15 steps.

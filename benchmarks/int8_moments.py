@@ -90,7 +90,7 @@ def train(dtype, plan, data, display):
     build = functools.partial(_build, dtype)
     optimizers.OPTIMIZERS[label] = optimizers.OPTIMIZERS["lorenza"]._replace(build=build)
     with tempfile.TemporaryDirectory() as folder:
-        rate = optimizers.LEARNING_RATES["lorenza"]
+        rate = optimizers.OPTIMIZERS["lorenza"].pretraining
         result = training.train(label, rate, pretrain.problem_of(plan, data), folder, display)
         lines = (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
     del optimizers.OPTIMIZERS[label]

@@ -165,8 +165,8 @@ def _lorenza(apply_updates=optax.apply_updates, **arguments):
 
 OPTIMIZERS = {
     "adamw": _other("adamw"),
-    "galore": _other("galore"),
-    "sam": _other("sam"),
+    "galore": _other("optax_galore"),
+    "sam": _other("optax_sam"),
     "zo, q=1": _lorenza(),
     "zo, q=4": _lorenza(num_probes=4),
     "zo, q=1, gradient": _lorenza(refresh="gradient"),

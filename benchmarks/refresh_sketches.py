@@ -75,7 +75,7 @@ def sketches(size, arguments, text, console):
     documents, description = corpus.read_documents()
     data = corpus.tokenize(documents, description, "bytes", 256, plan.seq_len)
     params, loss = llama.init(plan.model, plan.seed), llama.loss_of(plan.model)
-    tx = optax.adamw(optimizers.LEARNING_RATES["adamw"])
+    tx = optax.adamw(optimizers.OPTIMIZERS["adamw"].pretraining)
     gradient, update, opt_state = jax.jit(jax.grad(loss)), jax.jit(tx.update), tx.init(params)
     projected = lorenza_optax.projection_plan(params, rank).projected
     functions = {name: jax.jit(functools.partial(way, rank=rank))

@@ -45,7 +45,8 @@ def _lorenza(gap, **arguments):
 
 def entries(gap):
     return {
-        **{name: _other(name, gap) for name in ("adamw", "sam", "galore")},
+        "adamw": _other("adamw", gap),
+        **{name: _other(f"optax_{name}", gap) for name in ("sam", "galore")},
         "rho=0": _lorenza(gap, rho=0.0),
         OWN: _lorenza(gap),  # all defaults
         "subspace": _lorenza(gap, ascent="subspace"),

@@ -53,7 +53,9 @@ def ages(gap):
 
 def _train(refresh, plan, data, console):
     factory = functools.partial(lorenza_optax.lorenza, refresh=refresh)
-    schedule = optimizers.learning_rate_schedule(optimizers.LEARNING_RATES["lorenza"], plan.steps)
+    schedule = optimizers.learning_rate_schedule(
+        optimizers.OPTIMIZERS["lorenza"].pretraining, plan.steps
+    )
     tx = optimizers.lorenza(schedule, plan.settings, factory)
     entry, loss = optimizers.OPTIMIZERS["lorenza"], llama.loss_of(plan.model)
     params = llama.init(plan.model, plan.seed)

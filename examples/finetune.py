@@ -222,9 +222,7 @@ def run(arguments, display):
         checkpoint_every=arguments.checkpoint_every,
         score=subject.score,
     )
-    results = run_folder.train_all(
-        arguments, problem, optimizers.FINE_TUNING_LEARNING_RATES, display
-    )
+    results = run_folder.train_all(arguments, problem, "fine_tuning", display)
     run_folder.conclude(
         arguments,
         results,

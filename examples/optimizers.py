@@ -1,5 +1,7 @@
-"""The optimizers that the training programs compare, how each is called, and its learning rate."""
+"""The optimizers that the training programs compare: how each is made and called."""
 
+import inspect
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,26 +10,8 @@ import optax
 import optax.contrib
 
 import lorenza_optax
+from lorenza_optax import methods
 
-# Peaks. Those of lorenza and adamw are tuned for the default run (benchmarks/pretrain_tuning.py),
-# the others are guesses from them; `--lr` overrides them for every optimizer of a run.
-LEARNING_RATES = {
-    "lorenza": 2e-2,
-    "lorenza_plus": 2e-2,
-    "adazo_sam": 3e-3,
-    "adamw": 3e-3,
-    "galore": 1e-2,
-    "sam": 3e-3,
-}
-# Of fine-tuning, `finetune.py`.
-FINE_TUNING_LEARNING_RATES = {
-    "lorenza": 1e-3,
-    "lorenza_plus": 1e-3,
-    "adazo_sam": 1e-4,
-    "adamw": 1e-4,
-    "galore": 5e-4,
-    "sam": 1e-4,
-}
 # Of the projected matrices' updates in the LORENZA family: those do best at a smaller step than
 # the embedding and the norms, which run Adam in full.
 SCALE = 0.5
@@ -81,7 +65,7 @@ def adamw(learning_rate, settings):
     return optax.adamw(learning_rate, weight_decay=WEIGHT_DECAY)
 
 
-def galore(learning_rate, settings):
+def optax_galore(learning_rate, settings):
     def same_matrices(params):
         """Those that LORENZA projects; of itself galore projects the embedding too."""
         plan = lorenza_optax.projection_plan(params, settings.rank)
@@ -98,7 +82,7 @@ def galore(learning_rate, settings):
     )
 
 
-def sam(learning_rate, settings):
+def optax_sam(learning_rate, settings):
     """SAM round AdamW: the ascent step is a normalized gradient step of length rho."""
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(settings.rho))
     return optax.contrib.sam(adamw(learning_rate, settings), ascent, opaque_mode=True)
@@ -133,18 +117,61 @@ def call_with_grad_fn(tx, loss, params, opt_state, batch):
 
 
 class Entry(NamedTuple):
+    """An optimizer, how it is called, and its peak learning rates.
+
+    Those of pre-training are the best of benchmarks/pretrain_tuning.py and family.py on the
+    default run, those of fine-tuning are guesses; `--lr` overrides them for all of a run.
+    """
+
     build: Callable  # (learning_rate, settings) -> optax.GradientTransformation
     call: Callable  # one of the three above
     perturbs: bool  # holds a second, perturbed copy of the weights during a step
+    pretraining: float
+    fine_tuning: float
+
+
+def of_family(factory, pretraining, fine_tuning, arguments=lambda settings: {}):
+    """A method of `lorenza_optax.methods` at the run's rank and T, or what `arguments` says."""
+
+    def build(learning_rate, settings):
+        chosen = {
+            "rank": settings.rank,
+            "update_proj_gap": settings.update_proj_gap,
+            "weight_decay": WEIGHT_DECAY,
+            "seed": settings.seed,
+            **arguments(settings),
+        }
+        known = inspect.signature(factory).parameters
+        return factory(learning_rate, **{k: v for k, v in chosen.items() if k in known})
+
+    return Entry(build, call_with_value_fn, False, pretraining, fine_tuning)
+
+
+def behind(stage, pretraining, fine_tuning):
+    """AdamW behind a chain stage that takes the gradient at an ascent point."""
+
+    def build(learning_rate, settings):
+        return optax.chain(stage(settings), adamw(learning_rate, settings))
+
+    return Entry(build, call_with_value_fn, True, pretraining, fine_tuning)
+
+
+def cut(settings):
+    """VLoRP's c and r for a budget of `rank` numbers a row."""
+    granularity = math.gcd(settings.rank, 16)
+    return {"granularity": granularity, "rank": settings.rank // granularity}
 
 
 OPTIMIZERS = {
-    "lorenza": Entry(lorenza, call_with_value_fn, perturbs=True),
-    "lorenza_plus": Entry(lorenza_plus, call_with_value_fn, perturbs=True),
-    "adazo_sam": Entry(adazo_sam, call_with_value_fn, perturbs=True),
-    "adamw": Entry(adamw, call_with_gradient, perturbs=False),
-    "galore": Entry(galore, call_with_gradient, perturbs=False),
-    "sam": Entry(sam, call_with_grad_fn, perturbs=True),
+    "lorenza": Entry(lorenza, call_with_value_fn, True, 2e-2, 1e-3),
+    "lorenza_plus": Entry(lorenza_plus, call_with_value_fn, True, 2e-2, 1e-3),
+    "adazo_sam": Entry(adazo_sam, call_with_value_fn, True, 3e-3, 1e-4),
+    "adamw": Entry(adamw, call_with_gradient, False, 3e-3, 1e-4),
+    "optax_galore": Entry(optax_galore, call_with_gradient, False, 1e-2, 5e-4),
+    "optax_sam": Entry(optax_sam, call_with_grad_fn, True, 3e-3, 1e-4),
+    "sam": behind(lambda s: methods.sam(s.rho), 3e-3, 1e-4),
+    "asam": behind(lambda s: methods.asam(10 * s.rho), 3e-3, 1e-4),
+    "galore": of_family(methods.galore, 2e-2, 1e-3),
 }
 
 

@@ -189,9 +189,7 @@ def run(arguments, display):
         f"{data.description}: {len(data.train):,} tokens to train on, "
         f"{len(data.validation):,} held out"
     )
-    results = run_folder.train_all(
-        arguments, problem_of(plan, data), optimizers.LEARNING_RATES, display
-    )
+    results = run_folder.train_all(arguments, problem_of(plan, data), "pretraining", display)
     run_folder.conclude(
         arguments,
         results,

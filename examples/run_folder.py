@@ -4,6 +4,7 @@ import json
 from typing import NamedTuple
 
 import machine
+import optimizers
 import reporting
 import training
 
@@ -73,11 +74,12 @@ def prepare(arguments, data, display):
     _write(record, {"arguments": recorded(arguments), data.kind: data.fingerprint})
 
 
-def train_all(arguments, problem, learning_rates, display):
+def train_all(arguments, problem, rates, display):
     """The result of each optimizer, at `--lr` or else at its own of the learning rates."""
     results = []
     for name in arguments.optimizer:
-        peak = learning_rates[name] if arguments.lr is None else arguments.lr
+        own = getattr(optimizers.OPTIMIZERS[name], rates)
+        peak = own if arguments.lr is None else arguments.lr
         results.append(training.train(name, peak, problem, arguments.out / name, display))
     return results
 

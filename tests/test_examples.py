@@ -28,6 +28,8 @@ import pretrain  # noqa: E402
 import reporting  # noqa: E402
 
 NANO = llama.PRESETS["nano"].model
+FEW = ["lorenza", "adazo_sam", "adamw", "optax_galore", "optax_sam"]
+PERTURB_THE_FIRST_STEP = {"adazo_sam", "sam", "asam"}
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
@@ -189,7 +191,8 @@ def test_initial_loss_is_near_that_of_guessing():
 @pytest.mark.parametrize(
     ("dtype", "names"),
     [
-        ("float32", list(optimizers.OPTIMIZERS)),
+        ("float32", FEW),
+        pytest.param("float32", list(optimizers.OPTIMIZERS), marks=pytest.mark.slow),
         pytest.param("bfloat16", ["lorenza", "adamw"], marks=pytest.mark.slow),
     ],
 )
@@ -208,8 +211,9 @@ def test_optimizers_run_from_the_same_start_on_the_same_batches(
         assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4]
         assert result["validation_loss"] == lines[-1]["validation_loss"] < 6.5
         assert result["relative_to_adamw"]["optimizer_state_bytes"] > 0
-    # LORENZA has no subspace yet at its first step, so all but AdaZo-SAM see the same loss.
-    starts = [metrics(tmp_path / "run" / name)[0]["loss"] for name in names if name != "adazo_sam"]
+    # LORENZA has no subspace yet at its first step.
+    compared = [name for name in names if name not in PERTURB_THE_FIRST_STEP]
+    starts = [metrics(tmp_path / "run" / name)[0]["loss"] for name in compared]
     assert max(starts) - min(starts) < (1e-4 if dtype == "float32" else 1e-2)
     state = {name: r["optimizer_state_bytes"] for name, r in summary["optimizers"].items()}
     # optax.adamw keeps bfloat16 moments for bfloat16 weights, LORENZA float32 ones.
@@ -217,17 +221,18 @@ def test_optimizers_run_from_the_same_start_on_the_same_batches(
 
 
 def test_order_of_optimizers_does_not_matter(text_folder, tmp_path):
-    for order in ("adamw,galore", "galore,adamw"):
+    for order in ("adamw,optax_galore", "optax_galore,adamw"):
         arguments = run_arguments(text_folder, tmp_path / order, "--optimizer", order)
         assert pretrain.main(arguments) == 0
-    for name in ("adamw", "galore"):
+    for name in ("adamw", "optax_galore"):
         first, second = (metrics(tmp_path / order / name) for order in os.listdir(tmp_path))
         assert first == second
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "galore")] + ["lorenza"],
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "optax_galore")]
+    + ["lorenza"],
 )
 def test_resumed_run_has_the_bits_of_an_uninterrupted_one(text_folder, tmp_path, monkeypatch, name):
     more = ("--optimizer", name, "--checkpoint-every", "2")

@@ -1,0 +1,165 @@
+"""Every method of the family on the main job, at equal steps and a tuned learning rate each.
+
+    python benchmarks/family.py                        # all; goes on where it was interrupted
+    python benchmarks/family.py --method galore lotus
+    python benchmarks/family.py --table                # the README's table from what is stored
+
+Each method trains the main job's model on its batches, for `--steps` steps and the shape of
+learning-rate schedule that all of examples/ use. Its peak is searched on a grid of a factor of 3
+around the rate in examples/optimizers.py, which grows until the best is not at its edge. One seed:
+small differences mean nothing. Results go to benchmarks/results/family.json as they come.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT.parent / "examples"))
+
+import jax  # noqa: E402
+import optax  # noqa: E402
+
+import corpus  # noqa: E402
+import llama  # noqa: E402
+import machine  # noqa: E402
+import optimizers  # noqa: E402
+import pretrain  # noqa: E402
+import reporting  # noqa: E402
+
+RESULTS = ROOT / "results" / "family.json"
+FACTOR = 3.0
+MOST_TRIALS = 6
+
+
+def program(entry, plan, example):
+    """The compiled step; the learning rate's peak is an argument, so that trials share it."""
+    unit, loss = optimizers.learning_rate_schedule(1.0, plan.steps), llama.loss_of(plan.model)
+
+    def step(params, opt_state, batch, peak):
+        tx = entry.build(lambda count: peak * unit(count), plan.settings)
+        value, updates, opt_state = entry.call(tx, loss, params, opt_state, batch)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    tx = entry.build(unit, plan.settings)
+    params = llama.init(plan.model, plan.seed)
+    opt_state = jax.jit(tx.init)(params)
+    started = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, example, 1.0).compile()
+    return compiled, tx, time.perf_counter() - started
+
+
+def trial(compiled, tx, plan, problem, peak, display, label):
+    """The losses of one training."""
+    params = problem.init()
+    opt_state = jax.jit(tx.init)(params)
+    losses, seconds = [], []
+    display.start(label, plan.steps, 0)
+    for index in range(plan.steps):
+        batch = problem.batch_at(index)
+        started = time.perf_counter()
+        params, opt_state, value = compiled(params, opt_state, batch, peak)
+        losses.append(float(value))
+        seconds.append(time.perf_counter() - started)
+        display.step({"step": index + 1, "loss": losses[-1], "learning_rate": peak,
+                      "seconds": seconds[-1],
+                      "tokens_per_second": problem.tokens_per_step / seconds[-1]})  # fmt: skip
+        if not losses[-1] < 20:  # diverged
+            break
+    display.stop()
+    finished = len(losses) == plan.steps
+    validation = problem.evaluate(params)["validation_loss"] if finished else None
+    if validation is not None and not validation < 20:
+        validation = None
+    return {
+        "learning_rate": peak,
+        "validation_loss": validation,
+        "train_losses": [round(loss, 4) for loss in losses[:: max(1, plan.steps // 20)]],
+        "seconds_per_step": statistics.median(seconds),
+    }
+
+
+def tune(name, plan, problem, display):
+    """All trials of one method, the best of them not at the edge of the grid."""
+    entry = optimizers.OPTIMIZERS[name]
+    compiled, tx, compile_seconds = program(entry, plan, problem.batch_at(0))
+    trials = []
+
+    def run(peak):
+        trials.append(trial(compiled, tx, plan, problem, peak, display, f"{name} {peak:.1e}"))
+        display.note(f"{name}: {peak:.3g} -> {trials[-1]['validation_loss']}")
+
+    for exponent in (0, -1, 1):
+        run(float(f"{entry.pretraining * FACTOR**exponent:.2g}"))
+    while len(trials) < MOST_TRIALS:
+        trials.sort(key=lambda one: one["learning_rate"])
+        best = min(trials, key=_loss_or_inf)
+        if best is trials[0]:
+            run(float(f"{best['learning_rate'] / FACTOR:.2g}"))
+        elif best is trials[-1]:
+            run(float(f"{best['learning_rate'] * FACTOR:.2g}"))
+        else:
+            break
+    trials.sort(key=lambda one: one["learning_rate"])
+    params = problem.abstract_params
+    return {
+        "trials": trials,
+        "best": min(trials, key=_loss_or_inf),
+        "compile_seconds": compile_seconds,
+        "optimizer_state_bytes": _bytes(jax.eval_shape(tx.init, params)),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def _loss_or_inf(one):
+    return float("inf") if one["validation_loss"] is None else one["validation_loss"]
+
+
+def _bytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--method", nargs="+", choices=optimizers.OPTIMIZERS, metavar="NAME")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--again", action="store_true", help="also what is stored")
+    parser.add_argument("--table", action="store_true", help="only print the README's table")
+    arguments = parser.parse_args()
+    if arguments.table:
+        import family_table
+
+        print(family_table.markdown(json.loads(RESULTS.read_text())))
+        return
+    plan = pretrain.make_plan(pretrain.parse_arguments(["--steps", str(arguments.steps)]))
+    documents, description = corpus.read_documents(None)
+    data = corpus.tokenize(documents, description, "bytes", 256, plan.seq_len)
+    problem = pretrain.problem_of(plan, data)
+    where = {
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+        "corpus": data.fingerprint,
+        "steps": plan.steps,
+        "settings": plan.settings._asdict(),
+    }
+    display = reporting.Display()
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if {k: stored.get(k) for k in where} != json.loads(json.dumps(where)):
+        stored = {**where, "methods": {}}
+    start = problem.evaluate(problem.init())["validation_loss"]
+    stored["initial_validation_loss"] = start
+    for name in arguments.method or optimizers.OPTIMIZERS:
+        if name in stored["methods"] and not arguments.again:
+            continue
+        result = tune(name, plan, problem, display)
+        stored["methods"][name] = result
+        RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+        best = result["best"]
+        display.note(f"{name}: best {best['validation_loss']} at {best['learning_rate']:g}")
+
+
+if __name__ == "__main__":
+    main()
