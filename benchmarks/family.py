@@ -2,12 +2,13 @@
 
     python benchmarks/family.py                        # all; goes on where it was interrupted
     python benchmarks/family.py --method galore lotus
-    python benchmarks/family.py --table                # the README's table from what is stored
 
 Each method trains the main job's model on its batches, for `--steps` steps and the shape of
 learning-rate schedule that all of examples/ use. Its peak is searched on a grid of a factor of 3
 around the rate in examples/optimizers.py, which grows until the best is not at its edge. One seed:
-small differences mean nothing. Results go to benchmarks/results/family.json as they come.
+small differences mean nothing. Results go to benchmarks/results/family.json as they come, with
+the bytes of each optimizer's state for GaLore's Llama of 60M; family_table.py prints the README's
+table from them.
 """
 
 import argparse
@@ -109,9 +110,17 @@ def tune(name, plan, problem, display):
         "trials": trials,
         "best": min(trials, key=_loss_or_inf),
         "compile_seconds": compile_seconds,
+        "state_bytes_60M": state_bytes_at("60M", entry),
         "optimizer_state_bytes": _bytes(jax.eval_shape(tx.init, params)),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
     }
+
+
+def state_bytes_at(preset, entry):
+    """The bytes of the optimizer's state for a preset's model, rank and T, from shapes alone."""
+    plan = pretrain.make_plan(pretrain.parse_arguments(["--preset", preset]))
+    tx = entry.build(optimizers.learning_rate_schedule(1.0, 10), plan.settings)
+    return _bytes(jax.eval_shape(tx.init, llama.abstract(plan.model)[1]))
 
 
 def _loss_or_inf(one):
@@ -127,13 +136,7 @@ def main():
     parser.add_argument("--method", nargs="+", choices=optimizers.OPTIMIZERS, metavar="NAME")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--again", action="store_true", help="also what is stored")
-    parser.add_argument("--table", action="store_true", help="only print the README's table")
     arguments = parser.parse_args()
-    if arguments.table:
-        import family_table
-
-        print(family_table.markdown(json.loads(RESULTS.read_text())))
-        return
     plan = pretrain.make_plan(pretrain.parse_arguments(["--steps", str(arguments.steps)]))
     documents, description = corpus.read_documents(None)
     data = corpus.tokenize(documents, description, "bytes", 256, plan.seq_len)

@@ -124,6 +124,7 @@ def test_one_compiled_step(name):
 @pytest.mark.slow
 @each_method
 def test_bfloat16_parameters(name):
+    chex.clear_trace_counter()
     params, target = _problem(jnp.bfloat16)
     tx = _make(name, **({"learning_rate": 3e-2} if name in BACKPROP else {}))
     before = problems.quadratic(params, target)
