@@ -123,7 +123,7 @@ def refresh_some(
     Returns:
       The subspaces, the ``subspace_overlap`` of the new ones, and whether there are any.
     """
-    now = (state.q, state.r, state.singular_values), jnp.zeros(())
+    now = (state.q, state.r, state.singular_values), jnp.zeros((), jnp.float32)
     number = jnp.zeros((), jnp.int32)
     for paths, (order, start, stop) in zip(plan.groups, chosen, strict=True):
         layers = [(path, layer) for path in paths for layer in _layers(plan, path)]
