@@ -26,6 +26,7 @@ GROUPS = {
     "wide": ["wide"], "tall": ["tall"], "square": ["square"],
     "attention": ["attention", "stacked/0", "stacked/1", "stacked/2"],
 }  # fmt: skip
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 SCALE_BY = {"gum": {"update_proj_gap": GAP, "full_rank_share": SHARE}, "cosmos": {}}
 
 
