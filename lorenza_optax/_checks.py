@@ -78,3 +78,12 @@ def check_dtype(name: str, dtype: Any, choices: Sequence[str]) -> jnp.dtype | No
 def value_at(value: Any, count: jax.typing.ArrayLike) -> Any:
     """The value of a hyperparameter at a count: a number as it is, a schedule called."""
     return value(count) if callable(value) else value
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a number above 0 and below 1 that is fixed: it gives shapes."""
+    check_not_injected(name, value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}.")
+    if not 0 < float(value) < 1:
+        raise ValueError(f"{name} must be above 0 and below 1, got {value}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -81,6 +81,14 @@ class ProjectionPlan:
             key = (view.m, view.n, view.compressed, leaf.rank, leaf.compute_dtype)
             groups.setdefault(key, []).append(path)
         return [tuple(paths) for paths in groups.values()]
+
+    def matrices(self, paths: Sequence[str]) -> list[tuple[str, int | None]]:
+        """The matrices of leaves: each a path, and its index where the leaf is a stack."""
+        found = []
+        for path in paths:
+            batch = self.leaves[path].matrix.batch
+            found += [(path, layer) for layer in (range(batch[0]) if batch else (None,))]
+        return found
 
     def warn(self) -> None:
         """Warns of leaves that were probably meant to be projected."""

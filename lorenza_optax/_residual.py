@@ -26,6 +26,7 @@ __all__ = [
     "each_leaf",
     "kept",
     "limit_growth",
+    "outside",
 ]
 
 FIRA_LIMIT = 1.01
@@ -33,6 +34,7 @@ FIRA_LIMIT = 1.01
 # left of it is round-off, and φ was seen to reach 1e6.
 FIRA_LEAST_SHARE = 1e-3
 SUMO_LIMIT = 1.1
+OUTSIDE_LEAST = 64  # times the dtype's epsilon
 
 Arrays = dict[str, jax.Array]
 Memory = dict[str, Arrays]
@@ -200,6 +202,20 @@ def limit_growth(matrix: jax.Array, before: jax.Array, limit: float) -> tuple[ja
     exceeds = (before > 0) & (norm > limit * before)
     factor = jnp.where(exceeds, limit * before / jnp.where(exceeds, norm, 1), 1)
     return matrix * factor[..., None, None], norm * factor
+
+
+def outside(matrix: jax.Array, projector: jax.Array, low: jax.Array) -> jax.Array:
+    """X - P low for low = Pᵀ X, a matrix each; zero where that is round-off.
+
+    A rule that brings what it is given to a fixed norm would make a whole step of it. Of X within
+    the subspace there remained up to 1.3e-6 of the norm in float32 (512 × 2048, r = 256), and
+    2e-3 where P is kept in bfloat16.
+    """
+    rest = matrix - lift(projector, low)
+    eps = [jnp.finfo(array.dtype).eps for array in (matrix, projector)]
+    least = float(max(OUTSIDE_LEAST * eps[0], eps[1] / 2))
+    norms = [jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) for x in (rest, matrix)]
+    return jnp.where(norms[0] > least * norms[1], rest, 0)
 
 
 DISCARD = Residual(each_leaf(_discard), needs_gradient=False, needs_orthonormal=False)

@@ -38,7 +38,7 @@ def in_turn(config: LowRankConfig, plan: ProjectionPlan, count: jax.Array) -> li
     phase, gap = count % config.update_proj_gap, config.update_proj_gap
     chosen = []
     for paths in plan.groups:
-        number = sum(len(_layers(plan, path)) for path in paths)
+        number = len(plan.matrices(paths))
         start, stop = (-((-(phase + i) * number) // gap) for i in (0, 1))
         chosen.append(Chosen(jnp.arange(number), start, stop))
     return chosen
@@ -123,10 +123,10 @@ def refresh_some(
     Returns:
       The subspaces, the ``subspace_overlap`` of the new ones, and whether there are any.
     """
-    now = (state.q, state.r, state.singular_values), jnp.zeros(())
+    now = (state.q, state.r, state.singular_values), jnp.zeros((), jnp.float32)
     number = jnp.zeros((), jnp.int32)
     for paths, (order, start, stop) in zip(plan.groups, chosen, strict=True):
-        layers = [(path, layer) for path in paths for layer in _layers(plan, path)]
+        layers = plan.matrices(paths)
         number += stop - start
 
         def refresh(i: jax.Array, now: Any, layers: Any = layers, order: Any = order) -> Any:
@@ -137,11 +137,6 @@ def refresh_some(
     refreshed = number > 0
     overlap = jnp.where(refreshed, overlaps / jnp.maximum(number, 1), state.subspace_overlap)
     return subspaces, overlap, refreshed
-
-
-def _layers(plan: ProjectionPlan, path: str) -> Sequence[int | None]:
-    batch = plan.leaves[path].matrix.batch
-    return range(batch[0]) if batch else (None,)
 
 
 def _refresh_one(

@@ -37,6 +37,8 @@ LAYERS = [
     "_inner_rules",
     "_transport",
     "_residual",
+    "_full_rank",
+    "_eigenbasis",
     "_directions",
     "_probes",
     "_ascent",
