@@ -142,6 +142,8 @@ class LowRankConfig:
             )
         self._check_first_moment()
         check_number("scale", self.scale)
+        check_not_injected("granularity", self.granularity)
+        check_number("granularity", self.granularity, above=0)
         check_transformation("gradient_transform", self.gradient_transform)
         check_not_injected("weight_dimension_numbers", self.weight_dimension_numbers)
         check_dtype("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
