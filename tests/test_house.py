@@ -37,6 +37,7 @@ LAYERS = [
     "_inner_rules",
     "_transport",
     "_residual",
+    "_proj_factor",
     "_directions",
     "_probes",
     "_ascent",
