@@ -155,7 +155,7 @@ class LowRankConfig:
             check_quantizable(self.inner)
 
     @property
-    def needs_full_gradient(self) -> bool:
+    def looks_outside(self) -> bool:
         """Whether a part of the gradient outside the subspace matters at every update."""
         return (
             self.in_full_space
@@ -163,8 +163,12 @@ class LowRankConfig:
             or self.gradient_transform is not None
             or self.stagger
             or self.displacement is not None
-            or self.granularity != 1
         )
+
+    @property
+    def needs_full_gradient(self) -> bool:
+        """Whether for that, or because its vectors are cut to pieces, all of it is formed."""
+        return self.looks_outside or self.granularity != 1
 
     @property
     def others_inner(self) -> optax.GradientTransformationExtraArgs:

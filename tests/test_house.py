@@ -65,6 +65,7 @@ LAYERS = [
     "_shardings",
     "_check_state",
     "_momentum_sam",
+    "_refresh_apart",
     "_subspace_gradients",
     "_model_shapes",
     "_memory_of",
