@@ -232,3 +232,13 @@ def test_a_gradient_that_is_not_finite_leaves_all_memory_as_it_is(method):
     chex.assert_trees_all_equal(
         *[[x for x in jax.tree.leaves(state) if is_float(x)] for state in (before, after)]
     )
+
+
+def test_vlorp_takes_its_own_gradient_of_narrow_weights():
+    """A loss that is no product with the weight, which W + P N could not be kept factored in."""
+    params = {"kernel": jnp.ones((16, 8), jnp.bfloat16)}
+    tx = methods.vlorp(1e-2, granularity=2)
+    call = lambda state: tx.update(None, state, params, value_fn=problems.quadratic, target=params)  # noqa: E731
+    updates, state = jax.eval_shape(call, tx.init(params))
+    assert updates["kernel"].dtype == jnp.bfloat16
+    assert state[0].projected.ema["kernel"].shape == (1, 32)
