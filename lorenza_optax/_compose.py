@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from lorenza_optax._arguments import with_decay
@@ -14,7 +16,14 @@ from lorenza_optax._checks import check_not_injected, check_transformation
 from lorenza_optax._config import Coordinates, LowRankConfig
 from lorenza_optax._low_rank import low_rank
 
-__all__ = ["by_backprop", "by_forward_passes", "with_learning_rate", "without_learning_rate"]
+__all__ = [
+    "at_rest_while_zero",
+    "by_backprop",
+    "by_forward_passes",
+    "in_float32",
+    "with_learning_rate",
+    "without_learning_rate",
+]
 
 Build = Callable[..., optax.GradientTransformationExtraArgs]
 _BEHIND = ("weight_decay", "mask", "learning_rate")
@@ -102,3 +111,27 @@ def _low_rank(
         axes["inner_others"] = optax.with_extra_args_support(axes["inner_others"])
     inner = optax.with_extra_args_support(inner)
     return low_rank(LowRankConfig(inner=inner, ascent=ascent, **axes))
+
+
+def in_float32(stage: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A stage that computes and keeps its state in float32 at least, whatever the params' dtype."""
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        new, state = stage.update(wide(updates), state, wide(params))
+        return jax.tree.map(lambda n, o: n.astype(o.dtype), new, updates), state
+
+    return optax.GradientTransformation(lambda params: stage.init(wide(params)), update)
+
+
+def at_rest_while_zero(stage: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A stage whose state an update of zeros, one that was skipped, leaves as it is."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        moves = jnp.asarray([jnp.any(update != 0) for update in jax.tree.leaves(updates)]).any()
+        new, after = stage.update(updates, state, params)
+        return new, jax.tree.map(lambda n, o: jnp.where(moves, n, o), after, state)
+
+    return optax.GradientTransformation(stage.init, update)

@@ -142,6 +142,8 @@ class LowRankConfig:
             )
         self._check_first_moment()
         check_number("scale", self.scale)
+        check_not_injected("granularity", self.granularity)
+        check_number("granularity", self.granularity, above=0)
         check_transformation("gradient_transform", self.gradient_transform)
         check_not_injected("weight_dimension_numbers", self.weight_dimension_numbers)
         check_dtype("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
@@ -153,7 +155,7 @@ class LowRankConfig:
             check_quantizable(self.inner)
 
     @property
-    def needs_full_gradient(self) -> bool:
+    def looks_outside(self) -> bool:
         """Whether a part of the gradient outside the subspace matters at every update."""
         return (
             self.in_full_space
@@ -161,8 +163,12 @@ class LowRankConfig:
             or self.gradient_transform is not None
             or self.stagger
             or self.displacement is not None
-            or self.granularity != 1
         )
+
+    @property
+    def needs_full_gradient(self) -> bool:
+        """Whether for that, or because its vectors are cut to pieces, all of it is formed."""
+        return self.looks_outside or self.granularity != 1
 
     @property
     def others_inner(self) -> optax.GradientTransformationExtraArgs:

@@ -114,8 +114,10 @@ def landscape(
         return result
 
     arrays = leaves_by_path(params)
-    if not (views and keep_factored):
-        arrays = _wide_enough(checked, arrays, full_paths | frozenset(views))
+    # Along pieces of vectors nothing is displaced, so such leaves need not be wide.
+    cut = any(view.granularity != 1 for view in views.values())
+    if cut or not (views and keep_factored):
+        arrays = _wide_enough(checked, arrays, full_paths | frozenset(() if cut else views))
         return Landscape(_plain_evaluation(checked, arrays, subspaces), arrays, seen, has_aux)
 
     traced, rebuild = _trace(checked, arrays)

@@ -202,9 +202,9 @@ def projection_plan(
             try:
                 view = matrix_view(shape, chosen, proj_type, granularity)
             except ValueError as error:
+                what = "weight_dimension_numbers" + " or granularity" * (granularity != 1)
                 raise ValueError(
-                    f"weight_dimension_numbers of leaf {path!r} do not fit its shape {shape}:"
-                    f" {chosen} ({error})."
+                    f"{what} of leaf {path!r} do not fit its shape {shape}: {chosen} ({error})."
                 ) from None
             reason, own = "", ranks[path]
             if own == 0 or min(view.m, view.n) <= own:

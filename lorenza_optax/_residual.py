@@ -18,6 +18,7 @@ from lorenza_optax._subspace import lift
 __all__ = [
     "DISCARD",
     "FIRA",
+    "FIRA_AS_PUBLISHED",
     "SUMO",
     "Kept",
     "Residual",
@@ -67,6 +68,7 @@ class Situation(NamedTuple):
       step: Number of this update among those that were not skipped, from 1.
       refreshed: Whether the subspaces are new.
       key: A key of this update, for rules that draw.
+      scale: The factor of the projected leaves' updates.
     """
 
     plan: ProjectionPlan
@@ -78,6 +80,7 @@ class Situation(NamedTuple):
     step: jax.Array
     refreshed: jax.Array
     key: jax.Array
+    scale: jax.typing.ArrayLike
 
 
 class Residual(NamedTuple):
@@ -89,12 +92,14 @@ class Residual(NamedTuple):
       needs_gradient: Whether it needs the full gradient.
       needs_orthonormal: Whether it makes sense for orthonormal P only: others have no
         complement G - P Pᵀ G.
+      applies_scale: Whether ``scale`` is in its updates already.
     """
 
     update: Callable[[Situation], tuple[Arrays, Memory]]
     memory: Callable[[ProjectionPlan], dict[str, dict[str, Kept]]] = lambda plan: {}
     needs_gradient: bool = True
     needs_orthonormal: bool = True
+    applies_scale: bool = False
 
 
 def kept(**axes: str) -> Callable[[ProjectionPlan], dict[str, dict[str, Kept]]]:
@@ -226,6 +231,16 @@ r"""P N + φ ∘ (G - P Pᵀ G), with φ_j = ‖N_:j‖ / ‖ĝ_:j‖ a column, 
 
 φ_j is 0 where the subspace holds less than a thousandth of a column's norm.
 Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024."""
+
+
+def _fira_as_published(now: Situation) -> tuple[Arrays, Memory]:
+    """α P in place of P, wherever it lifts."""
+    projectors = {path: (now.scale * p).astype(p.dtype) for path, p in now.projectors.items()}
+    return FIRA.update(now._replace(projectors=projectors))
+
+
+FIRA_AS_PUBLISHED = Residual(_fira_as_published, FIRA.memory, applies_scale=True)
+"""α P N + φ ∘ (G - α P Pᵀ G): what its code makes of a scale α."""
 
 SUMO = Residual(each_leaf(_sumo), kept(norm=""))
 """G - P (ĝ - O), with O the inner update, its growth limited to 1.1 an update.

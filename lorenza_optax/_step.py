@@ -207,6 +207,7 @@ def complete(
                 state.count - state.skipped + 1,
                 prepared.refreshed,
                 step_key(state.ascent.seed, state.count, RESIDUAL),
+                scale,
             )
         )
     for path, target in targets.items():
@@ -219,7 +220,8 @@ def complete(
             updates[path] = leaf.view.product(projectors[path].astype(inner.dtype), inner)
             continue
         if path in wholes:
-            whole = jnp.where(usable, scale * wholes[path], 0)
+            factor = 1.0 if config.residual.applies_scale else scale
+            whole = jnp.where(usable, factor * wholes[path], 0)
         else:
             whole = lift(projectors[path], inner)
         updates[path] = leaf.view.leaf(leaf.view.orient(whole)).astype(target.dtype)

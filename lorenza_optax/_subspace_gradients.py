@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from lorenza_optax._arguments import low_rank_config
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._find import find_states, refuse_wrapped
-from lorenza_optax._gradient import (
-    SKETCH,
-    SubspaceGradients,
-    full_gradient,
-    low_rank_gradient,
-    step_key,
-    varying,
-)
-from lorenza_optax._in_update import (
-    perturbed_landscape,
-    sketched_subspaces,
-    surroundings_of,
-)
-from lorenza_optax._inner import load_moments, store_moments
-from lorenza_optax._landscape import Displacement, landscape
+from lorenza_optax._gradient import SubspaceGradients, full_gradient, low_rank_gradient
+from lorenza_optax._in_update import perturbed_landscape, surroundings_of
 from lorenza_optax._mesh import in_auto_mode
 from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import ProjectionPlan
-from lorenza_optax._refresh import is_due
-from lorenza_optax._renewal import carried
+from lorenza_optax._random_subspace import closed, opened
+from lorenza_optax._refresh_apart import refreshed_apart
 from lorenza_optax._residual import DISCARD
 from lorenza_optax._selection import Rank
-from lorenza_optax._sketch import WARM_UP, sketch_rows
-from lorenza_optax._state import LowRankState, check_same_tree, low_rank_like
-from lorenza_optax._step import prepare
+from lorenza_optax._state import LowRankState, check_same_tree, examples, low_rank_like
+from lorenza_optax._subspace import RANDOM, project
 from lorenza_optax._surroundings import applied
 
 __all__ = ["subspace_value_and_grad"]
@@ -45,6 +31,7 @@ __all__ = ["subspace_value_and_grad"]
 def subspace_value_and_grad(
     value_fn: Callable[..., Any],
     *,
+    transformation: optax.GradientTransformation | None = None,
     rank: Rank = 128,
     update_proj_gap: int = 200,
     rho: optax.ScalarOrSchedule = 0.05,
@@ -82,9 +69,15 @@ def subspace_value_and_grad(
     differentiates; :func:`lorenza`'s ``update`` takes the sum or mean of what it returns. All
     gradients of a sum must come from one state: hand the returned ``opt_state`` on.
 
+    For a method of ``lorenza_optax.methods`` pass its ``scale_by_*`` as ``transformation``. A
+    random subspace costs no refresh; with VLoRP's granularity the full gradient of one
+    micro-batch is formed, and the sum is small all the same.
+
     Args:
       value_fn: ``value_fn(params, *args, **kwargs)`` to a scalar, or with ``has_aux`` to
         (scalar, aux).
+      transformation: What ``scale_by_lorenza`` or another ``scale_by_*`` returned, with the
+        arguments that the optimizer was made with, in place of all of them here.
       rank: Rank r, as given to :func:`lorenza`; so are all that follow. Keep those that both
         functions take in one dict.
       update_proj_gap: Interval T between refreshes, in updates.
@@ -122,7 +115,8 @@ def subspace_value_and_grad(
 
     Raises:
       ValueError: If ``opt_state`` does not hold exactly one state of :func:`lorenza`, or one
-        made with other arguments.
+        made with other arguments; for a method that needs the full gradient, or takes none.
+      TypeError: If ``transformation`` is something else.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, lorenza_optax
@@ -144,8 +138,8 @@ def subspace_value_and_grad(
       (16, 8)
     """
     chosen = dict(locals())
-    del chosen["value_fn"], chosen["has_aux"]
-    config = low_rank_config(**chosen, residual=DISCARD)
+    del chosen["value_fn"], chosen["has_aux"], chosen["transformation"]
+    config = _config_of(transformation, chosen)
 
     def value_and_grad(
         params: Any, *args: Any, opt_state: Any, **kwargs: Any
@@ -161,111 +155,86 @@ def subspace_value_and_grad(
         plan = config.plan(params)
         loss = lambda at: value_fn(at, *args, **kwargs)  # noqa: E731
         check_same_tree(config, plan, state)
-        state = _refreshed(config, plan, state, params, loss, has_aux)
-        around = surroundings_of(config, plan, state)
+        if config.subspace in RANDOM:
+            ready = opened(config, plan, state)
+            state = closed(config, state, ready)
+        else:
+            ready = state = refreshed_apart(config, plan, state, params, loss, has_aux)
+        around = surroundings_of(config, plan, ready)
         near, move, _, _ = perturbed_landscape(
             config.ascent,
             around,
             state.count,
             params,
             loss,
-            applied(ascent_fn, *args, **kwargs),
+            applied(config.ascent.ascent_fn, *args, **kwargs),
             has_aux,
         )
-        value, gradient = low_rank_gradient(near, around.subspaces, move, config.ascent)
+        if config.granularity == 1:
+            value, gradient = low_rank_gradient(near, around.subspaces, move, config.ascent)
+            low, others = gradient.low, gradient.others
+        else:
+            value, full = full_gradient(near, move, config.ascent)
+            low = _projected(plan, params, full, around.subspaces.projectors)
+            others = {path: full[path] for path in plan.others}
         near.warn()
-        others = {path: g.astype(plan.leaves[path].dtype) for path, g in gradient.others.items()}
-        low = low_rank_like(leaves_by_path(params), plan, gradient.low)
+        others = {path: g.astype(plan.leaves[path].dtype) for path, g in others.items()}
+        low = low_rank_like(leaves_by_path(params), plan, low)
         return value, SubspaceGradients(low, others), _replaced(opt_state, state)
 
     return value_and_grad
 
 
-def _refreshed(
-    config: LowRankConfig,
-    plan: ProjectionPlan,
-    state: LowRankState,
-    params: Any,
-    loss: Callable[[Any], Any],
-    has_aux: bool,
-) -> LowRankState:
-    """The state, with new subspaces from the gradient at θ if they are due."""
-    if not plan.projected:
-        return state
-    around = surroundings_of(config, plan, state)
-    near = landscape(
-        loss,
-        varying(params, config.ascent),
-        around.subspaces,
-        keep_factored=config.ascent.factored,
-        has_aux=has_aux,
-    )
-    still = Displacement({}, {})
-
-    def from_sketches() -> LowRankState:
-        key = step_key(state.ascent.seed, state.count, SKETCH)
-        columns = sketch_rows(around.rows, around.subspaces.projectors, key)
-        _, gradient = low_rank_gradient(near, around.subspaces, still, config.ascent, columns)
-        return in_auto_mode(
-            lambda *args: _with_sketches(config, plan, *args),
-            gradient.low,
-            gradient.sketches,
-            state,
-            like=state,
+def _config_of(transformation: Any, arguments: dict[str, Any]) -> LowRankConfig:
+    """The choices that a transformation was made with, or that the arguments are."""
+    if transformation is None:
+        return low_rank_config(**arguments, residual=DISCARD)
+    parameters = inspect.signature(subspace_value_and_grad).parameters
+    given = [
+        name
+        for name, value in arguments.items()
+        if value is not parameters[name].default and value != parameters[name].default
+    ]
+    if given:
+        raise ValueError(
+            f"transformation= brings its own arguments: leave out {', '.join(given)} here, and"
+            " give them to the transformation."
         )
-
-    def from_gradient() -> LowRankState:
-        _, gradient = full_gradient(near, still, config.ascent)
-        return in_auto_mode(
-            lambda *args: _with_gradient(config, plan, *args), gradient, state, like=state
+    config = getattr(getattr(transformation, "update", None), "config", None)
+    if not isinstance(config, LowRankConfig):
+        raise TypeError(
+            "transformation must be what a function scale_by_* of lorenza_optax returned. Of a"
+            " chain, as lorenza(...) is one, or of a wrapper, pass that part alone:"
+            " scale_by_lorenza(...)."
         )
-
-    warm_up = WARM_UP if config.sketches else 1
-    due = is_due(state.count, state.last_refresh, config.update_proj_gap, warm_up)
-    renew = from_sketches if config.sketches else from_gradient
-    return jax.lax.cond(due, renew, lambda: state)
-
-
-def _with_sketches(
-    config: LowRankConfig, plan: ProjectionPlan, low: Any, sketches: Any, state: LowRankState
-) -> LowRankState:
-    new, share = sketched_subspaces(config, plan, low, sketches, state)
-    moments = load_moments(state.projected, config.inner.init(low))
-    moved = carried(config, state.count, moments, low, new.overlaps)
-    return _installed(config, state, new.subspaces, moved, new.refreshed, share, new.overlap)
-
-
-def _with_gradient(
-    config: LowRankConfig, plan: ProjectionPlan, gradient: Any, state: LowRankState
-) -> LowRankState:
-    found, _ = prepare(config, plan, gradient, state)
-    shares = (found.captured_energy, found.overlap)
-    return _installed(config, state, found.subspaces, found.projected, found.refreshed, *shares)
+    if config.zeroth_order is not None:
+        raise ValueError(
+            "This method takes no gradients: call update(None, state, params, value_fn=loss) with"
+            " a loss that is the mean over all micro-batches."
+        )
+    if config.looks_outside:
+        raise ValueError(
+            "This method needs the full gradient at every update, because of its rule for what is"
+            " outside the subspace, of gradient_transform, stagger or displacement. Sum full"
+            " gradients instead, of jax.value_and_grad or perturbed_value_and_grad, or use"
+            " optax.MultiSteps."
+        )
+    return config
 
 
-def _installed(
-    config: LowRankConfig,
-    state: LowRankState,
-    subspaces: Any,
-    moments: Any,
-    refreshed: jax.Array,
-    share: jax.Array,
-    overlap: jax.Array,
-) -> LowRankState:
-    q, r, values = subspaces
-    dtype = config.stored_moment_dtype()
-    # Carried by "keep" they are as they were, and storing them again changes nothing.
-    stored = store_moments(moments, dtype, None)
-    new = state._replace(
-        q=q,
-        r=r,
-        singular_values=values,
-        projected=stored,
-        last_refresh=state.count,
-        captured_energy=share,
-        subspace_overlap=overlap,
+def _projected(plan: ProjectionPlan, params: Any, gradient: Any, projectors: Any) -> Any:
+    """ĝ by path from a full gradient."""
+
+    def project_all(gradient: Any, projectors: Any) -> Any:
+        low = {}
+        for path, leaf in plan.projected.items():
+            matrix = leaf.matrix.matrix(gradient[path].astype(leaf.compute_dtype))
+            low[path] = project(projectors[path], leaf.matrix.orient(matrix))
+        return low
+
+    return in_auto_mode(
+        project_all, gradient, projectors, like=lambda: examples(plan, leaves_by_path(params))[0]
     )
-    return jax.tree.map(lambda n, o: jnp.where(refreshed, n, o).astype(o.dtype), new, state)
 
 
 def _replaced(opt_state: Any, new: LowRankState) -> Any:

@@ -100,11 +100,11 @@ def matrices(tree):
 
 
 def leaves(tree):
-    """The inverse of :func:`matrices`."""
+    """The inverse of :func:`matrices`; leaves may be missing."""
     out = {}
     for name in SHAPES:
-        if name == "stacked":
+        if name == "stacked" and "stacked/0" in tree:
             out[name] = np.stack([tree[f"stacked/{i}"] for i in range(SHAPES[name][0])])
-        else:
+        elif name in tree:
             out[name] = np.asarray(tree[name]).reshape(SHAPES[name])
     return {name: jnp.asarray(array) for name, array in out.items()}

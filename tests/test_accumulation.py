@@ -10,6 +10,8 @@ import optax
 import pytest
 
 import lorenza_optax
+from lorenza_optax import methods
+from lorenza_optax._compose import by_forward_passes
 
 WIDTH, DEPTH, RANK, MICRO, ROWS = 64, 3, 8, 4, 16
 SHARED = {"rank": RANK, "update_proj_gap": 100}
@@ -119,6 +121,87 @@ def test_each_micro_batch_finds_its_own_ascent_point():
     _, _, values, _ = step(params, state, _batch(1))
     unperturbed = jax.vmap(lambda x: loss(params, x))(_batch(1))
     assert np.all(values > unperturbed)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("vlorp", {"rank": 2, "granularity": 4}),
+        ("projfactor", {"rank": 8, "subspace": "orthonormal", "moment_transport": "rotate"}),
+    ],
+)
+def test_micro_batches_in_random_subspaces_equal_one_large_batch(method, arguments):
+    """Also at a resampling: all micro-batches of an update go through one projector."""
+    arguments = {"update_proj_gap": 2, **arguments}
+    tx = getattr(methods, method)(1e-2, **arguments)
+    scaled = getattr(methods, f"scale_by_{method}")(**arguments)
+    value_and_grad = lorenza_optax.subspace_value_and_grad(loss, transformation=scaled)
+    one = two = _params()
+    state_one = state_two = tx.init(one)
+    large = jax.jit(lambda *args, x: tx.update(None, *args, value_fn=loss, x=x))
+    micro = jax.jit(lambda params, state, x: value_and_grad(params, x, opt_state=state))
+    small = jax.jit(tx.update)
+    for step in range(3):
+        batch = _batch(step)[:3]
+        updates, state_one = large(state_one, one, x=batch.reshape(-1, WIDTH))
+        one = optax.apply_updates(one, updates)
+        found = []
+        for x in batch:
+            _, grads, after = micro(two, state_two, x)
+            chex.assert_trees_all_equal_shapes_and_dtypes(after, state_two)
+            found.append(grads)
+            state_two = after
+        mean = jax.tree.map(lambda *g: sum(g) / 3, *found)
+        updates, state_two = small(mean, state_two, two)
+        two = optax.apply_updates(two, updates)
+        chex.assert_trees_all_close(one, two, atol=2e-5)
+    sizes = {g.size for g in mean.projected.values()}
+    assert sizes == {arguments["rank"] * WIDTH * arguments.get("granularity", 1)}
+    assert int(state_two[0].last_refresh) == 2
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, one, _params())) > 0.2
+
+
+REFUSED = {
+    "lorenza": (lorenza_optax.lorenza(1e-2), TypeError, "that part alone"),
+    "adam": (optax.adam(1e-2), TypeError, "that part alone"),
+    "fira": (methods.scale_by_fira(), ValueError, "MultiSteps"),
+    "flora": (methods.scale_by_flora(), TypeError, "that part alone"),
+    "zeroth order": (
+        by_forward_passes(
+            optax.identity(), mu=1e-3, num_probes=1, estimator="auto", probe_batch_size=None,
+            axis_name=None,
+        ),
+        ValueError, "takes no gradients",
+    ),
+    "stage": (
+        methods.scale_by_galore(gradient_transform=optax.clip(1.0)), ValueError,
+        "gradient_transform",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_transformations_that_have_no_low_rank_gradients(name):
+    transformation, kind, message = REFUSED[name]
+    with pytest.raises(kind, match=message):
+        lorenza_optax.subspace_value_and_grad(loss, transformation=transformation)
+
+
+def test_a_transformation_and_arguments_are_too_much():
+    scaled = lorenza_optax.scale_by_lorenza(rank=4)
+    with pytest.raises(ValueError, match="leave out rank, seed here"):
+        lorenza_optax.subspace_value_and_grad(loss, transformation=scaled, rank=4, seed=1)
+
+
+def test_a_transformation_says_what_its_arguments_say():
+    arguments = SHARED | {"rho": 0.0, "proj_type": "reverse_std", "seed": 3}
+    tx = lorenza_optax.scale_by_lorenza(**arguments)
+    state, found = tx.init(_params()), []
+    for given in (arguments, {"transformation": tx}):
+        value_and_grad = lorenza_optax.subspace_value_and_grad(loss, **given)
+        step = jax.jit(lambda *args, state, f=value_and_grad: f(*args, opt_state=state))
+        found.append(step(_params(), _batch(0)[0], state=state))
+    chex.assert_trees_all_equal(*found)
 
 
 def test_accumulators_have_the_size_of_the_subspaces():

@@ -1,20 +1,35 @@
 """The methods of the family: each a choice on every axis, in a file of its own."""
 
+from lorenza_optax.methods._apollo import apollo, scale_by_apollo
 from lorenza_optax.methods._cosmos import cosmos, scale_by_cosmos
+from lorenza_optax.methods._fira import fira, scale_by_fira
+from lorenza_optax.methods._flora import flora, scale_by_flora
 from lorenza_optax.methods._galore import galore, scale_by_galore
 from lorenza_optax.methods._gum import gum, scale_by_gum
 from lorenza_optax.methods._lotus import lotus, scale_by_lotus
+from lorenza_optax.methods._projfactor import projfactor, scale_by_projfactor
 from lorenza_optax.methods._sam import asam, sam
+from lorenza_optax.methods._vlorp import scale_by_vlorp, vlorp
 
 __all__ = [
+    "apollo",
     "asam",
     "cosmos",
+    "fira",
+    "flora",
     "galore",
     "gum",
     "lotus",
+    "projfactor",
     "sam",
+    "scale_by_apollo",
     "scale_by_cosmos",
+    "scale_by_fira",
+    "scale_by_flora",
     "scale_by_galore",
     "scale_by_gum",
     "scale_by_lotus",
+    "scale_by_projfactor",
+    "scale_by_vlorp",
+    "vlorp",
 ]
