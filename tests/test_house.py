@@ -55,6 +55,8 @@ LAYERS = [
     "_low_rank",
     "_arguments",
     "_compose",
+    "_weight_norm",
+    "_weight_normalized",
     "_lorenza",
     "_lorenza_plus",
     "_zo_sam",

@@ -1,6 +1,7 @@
 """The methods of the family: each a choice on every axis, in a file of its own."""
 
 from lorenza_optax.methods._galore import galore, scale_by_galore
+from lorenza_optax.methods._gradnormlorp import gradnormlorp, scale_by_gradnormlorp
 from lorenza_optax.methods._sam import asam, sam
 
-__all__ = ["asam", "galore", "sam", "scale_by_galore"]
+__all__ = ["asam", "galore", "gradnormlorp", "sam", "scale_by_galore", "scale_by_gradnormlorp"]
