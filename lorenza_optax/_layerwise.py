@@ -98,7 +98,7 @@ def layerwise(
     decay = optax.with_extra_args_support(optax.add_decayed_weights(weight_decay, mask))
     make = functools.partial(by_backprop, inner, **axes)
     whole = make(rank=rank, weight_dimension_numbers=weight_dimension_numbers, scale=scale)
-    config: LowRankConfig = whole.update.config  # pyright: ignore[reportFunctionMemberAccess]
+    config: LowRankConfig = whole.update.config  # pyright: ignore
 
     def found_in(plan: ProjectionPlan) -> Layers:
         found = find_layers(plan, layers)
@@ -161,21 +161,19 @@ def layerwise(
                 f"{num_layers}: it was {OTHERWISE_MADE}."
             )
         of_layers, of_rest = engines(plan, found, value_at(scale, state.count))
-        stacked, rest = (
-            examples_of(found, num_layers, leaves),
-            {p: leaves[p] for p in found.outside},
-        )
+        stacked = examples_of(found, num_layers, leaves)
+        rest = {path: leaves[path] for path in found.outside}
 
         due, seed = state.count % sampling_interval == 0, (state.rest.ascent.seed, state.count)
 
-        def draw(leaves: Arrays, *seed: jax.Array) -> jax.Array:
-            return sampled(step_key(*seed, LAYERS), odds(found, leaves), num_layers)
+        def draw(leaves: Arrays, seed: jax.Array, count: jax.Array) -> jax.Array:
+            return sampled(step_key(seed, count, LAYERS), odds(found, leaves), num_layers)
 
         active = jax.lax.cond(
             due, lambda: in_auto_mode(draw, leaves, *seed, like=state.active), lambda: state.active
         )
         of_active = functools.partial(_with_active, found, active)
-        inside = state.layers._replace(ascent=ascent._replace(seed=state.layers.ascent.seed))
+        inside: Any = state.layers._replace(ascent=ascent._replace(seed=state.layers.ascent.seed))
         fresh = _quiet_init(of_layers, stacked)
         inside = jax.lax.cond(due, lambda: _begun(inside, fresh, *seed), lambda: inside)
 
@@ -187,14 +185,14 @@ def layerwise(
             given = leaves_by_path(changed)
         parts = (of_active(gathered, given, like=stacked), {path: given[path] for path in rest})
         (low, others), usable = _poisoned(parts)
-        low, inside = of_layers.update(low, inside, stacked, **extra_args)
+        of_stacks, inside = of_layers.update(low, inside, stacked, **extra_args)
         outside = state.rest._replace(ascent=ascent)
-        others, outside = of_rest.update(others, outside, rest, **extra_args)
+        of_others, outside = of_rest.update(others, outside, rest, **extra_args)
         kept = lambda new, old: jnp.where(usable, new, old)  # noqa: E731
         stage_state = jax.tree.map(kept, stage_state, state.gradient_transform)
 
         inner_leaves = {path: leaves[path] for role in found.roles for path in role.paths}
-        full = {**others, **of_active(scattered, low, like=inner_leaves)}
+        full = leaves_by_path(of_others) | of_active(scattered, of_stacks, like=inner_leaves)
         trained = of_active(masked, leaves, like=leaves)
         new_updates, decay_state = decay.update(
             rebuild([full[path] for path in leaves]),
@@ -208,7 +206,7 @@ def layerwise(
 
 
 def _with_active(
-    found: Layers, active: jax.Array, function: Callable[..., Arrays], arrays: Arrays, like: Arrays
+    found: Layers, active: jax.Array, function: Callable[..., Arrays], arrays: Any, like: Arrays
 ) -> Arrays:
     return in_auto_mode(lambda *args: function(found, *args), arrays, active, like=like)
 
@@ -218,19 +216,21 @@ def _numbers(leaf: LeafPlan) -> WeightDimensionNumbers | None:
     return None if view is None else WeightDimensionNumbers(view.row_axes, view.column_axes)
 
 
-def _quiet_init(engine: Engine, leaves: Arrays) -> LowRankState:
+def _quiet_init(engine: Engine, leaves: Arrays) -> Any:
     """A new state. What there is to be warned of was said of the plan for all leaves."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return engine.init(leaves)
 
 
-def _begun(old: LowRankState, fresh: LowRankState, *seed: jax.Array) -> LowRankState:
+def _begun(
+    old: LowRankState, fresh: LowRankState, seed: jax.Array, count: jax.Array
+) -> LowRankState:
     """A new state for other layers; what tells of the training as a whole goes on.
 
     Its own count begins at 0, so that its keys need another seed.
     """
-    own = jax.random.key_data(jax.random.fold_in(step_key(*seed, LAYERS), 1))
+    own = jax.random.key_data(jax.random.fold_in(step_key(seed, count, LAYERS), 1))
     return fresh._replace(skipped=old.skipped, ascent=old.ascent._replace(seed=own))
 
 

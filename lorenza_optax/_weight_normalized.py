@@ -102,9 +102,12 @@ def weight_normalized(
         slopes_of_w = {path: given[path] for path in plan.projected}
 
         of_v, of_g = in_auto_mode(
-            lambda *args: _apart(plan, *args), weights, slopes_of_w, state.lengths,
+            lambda *args: _apart(plan, *args),
+            weights,
+            slopes_of_w,
+            state.lengths,
             like=(slopes_of_w, state.lengths),
-        )  # fmt: skip
+        )
         rebuild = jax.tree.structure(gradients).unflatten
         steps, low_rank = update_direction(
             rebuild([{**given, **of_v}[path] for path in given]),
@@ -122,11 +125,11 @@ def weight_normalized(
             weights, slopes_of_w, state.lengths, factors, of_g, rate, usable,
             like=(weights, state.lengths),
         )  # fmt: skip
-        changed = (lengths, magnitudes, stage_state)
-        kept = jax.tree.map(lambda new, old: jnp.where(usable, new, old), changed, state[:3])
-        return rebuild([{**steps, **moves}[p] for p in given]), WeightNormalizedState(
-            *kept, low_rank
-        )
+        changed: Any = (lengths, magnitudes, stage_state)
+        new_updates = rebuild([{**steps, **moves}[path] for path in given])
+        kept = lambda new, old: jnp.where(usable, new, old)  # noqa: E731
+        lengths, magnitudes, stage_state = jax.tree.map(kept, changed, state[:3])
+        return new_updates, WeightNormalizedState(lengths, magnitudes, stage_state, low_rank)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -57,8 +57,9 @@ def owlore(
     published code reads it from a file, made once of the pre-trained model, and keeps the state
     of all layers ever drawn, which go on with it when they are drawn again.
 
-    Layers may be stacked (scanned) or lie in subtrees of their own; a loss that is
-    differentiated by all weights gives gradients that are not used, at the usual cost.
+    Layers may be stacked (scanned) or lie in subtrees of their own. What is saved is state: the
+    gradient is still taken of all layers. Gradients from outside need no function of this
+    library, ``jax.grad`` will do.
 
     Args:
       learning_rate: Step size γ; 3e-4 in the published runs.
