@@ -54,8 +54,8 @@ def owlore(
     without replacement, every κ updates; leaves outside the layers are trained always. State is
     kept for k layers only and begins anew when layers are drawn, with a subspace of their next
     gradient. p is of the weights as they are then (uniform where no layer has an outlier). The
-    published code reads it from a file, made once of the pre-trained model, and keeps the state
-    of all layers ever drawn, which go on with it when they are drawn again.
+    published code reads it from a file for one pre-trained model, and keeps the state of all
+    layers ever drawn, which go on with it when they are drawn again.
 
     Layers may be stacked (scanned) or lie in subtrees of their own. What is saved is state: the
     gradient is still taken of all layers. Gradients from outside need no function of this
@@ -67,7 +67,7 @@ def owlore(
       update_proj_gap: T, in updates since the last draw; the published 100.
       num_layers: k; the published 5.
       sampling_interval: κ, in updates; the published 50.
-      outlier_multiple: M; 13 in the name of the published file of ratios.
+      outlier_multiple: M; 13 in the name of the published file. No normal number is so large.
       layers: None to find the layers: stacks along a batch axis of
         ``weight_dimension_numbers``, with all that lies beside them, or else subtrees that
         differ in one number of their path. Or a regular expression on paths, such as
