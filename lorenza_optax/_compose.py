@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,11 +36,14 @@ def with_learning_rate(build: Build, **arguments: Any) -> optax.GradientTransfor
     return with_decay(build(**arguments), *behind)
 
 
-def without_learning_rate(method: Callable[..., Any], build: Build) -> Build:
+def without_learning_rate(
+    method: Callable[..., Any], build: Build, behind: Sequence[str] = _BEHIND
+) -> Build:
     """``scale_by_NAME`` from ``NAME``: its signature without what is behind it in the chain."""
     whole = inspect.signature(method)
     name = method.__name__
-    own = [p for p in whole.parameters.values() if p.name not in _BEHIND]
+    own = [p for p in whole.parameters.values() if p.name not in behind]
+    left_out = " and ".join(n.replace("_", " ") for n in behind if n != "mask")
     signature = whole.replace(parameters=own)
 
     def scale_by(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
@@ -51,13 +54,13 @@ def without_learning_rate(method: Callable[..., Any], build: Build) -> Build:
     scale_by.__name__ = scale_by.__qualname__ = f"scale_by_{name}"
     scale_by.__module__ = method.__module__
     scale_by.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
-    scale_by.__doc__ = f"""Rescales updates: :func:`{name}` without weight decay and learning rate.
+    scale_by.__doc__ = f"""Rescales updates: :func:`{name}` without {left_out}.
 
     Args:
       {", ".join(p.name for p in own)}: As in :func:`{name}`.
 
     Returns:
-      A transformation of the ``scale_by_*`` kind: no learning rate, no sign flip.
+      A transformation of the ``scale_by_*`` kind: no sign flip, no learning rate behind it.
 
     Raises:
       ValueError, TypeError: As :func:`{name}`.

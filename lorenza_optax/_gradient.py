@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 # Salts that are folded into a step's key, so that its uses are independent.
-PROBE, SKETCH, ROUNDING, START, RESIDUAL = range(5)
+PROBE, SKETCH, ROUNDING, START, RESIDUAL, LAYERS = range(6)
 
 
 class SubspaceAscentState(NamedTuple):

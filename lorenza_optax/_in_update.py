@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from lorenza_optax._ascent import AscentConfig
+from lorenza_optax._calls import check_call
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._gradient import (
     SKETCH,
+    SubspaceGradients,
     after_ascent,
     ascend,
     full_gradient,
@@ -19,6 +21,7 @@ from lorenza_optax._gradient import (
     low_rank_gradient,
     step_key,
     varying,
+    without_ascent,
 )
 from lorenza_optax._landscape import Displacement, Landscape, landscape
 from lorenza_optax._linalg import total
@@ -40,6 +43,7 @@ from lorenza_optax._surroundings import (
 
 __all__ = [
     "full_gradient_in_update",
+    "given_or_taken_gradient",
     "perturbed_landscape",
     "sketched_subspaces",
     "subspace_gradient",
@@ -112,6 +116,30 @@ def full_gradient_in_update(
     value, gradient = full_gradient(near, move, config)
     near.warn()
     return like_params(gradient, params), after_ascent(state.ascent, value, norm, perturbed)
+
+
+def given_or_taken_gradient(
+    config: AscentConfig,
+    updates: Any,
+    state: Any,
+    params: Any,
+    value_fn: Callable[..., Any] | None,
+    extra_args: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    """The whole gradient at θ, taken here if there is ``value_fn``, and the ascent's state.
+
+    For methods that change gradients before a low-rank transformation sees them.
+    """
+    check_call(updates, params, value_fn)
+    if params is None or isinstance(updates, SubspaceGradients):
+        raise ValueError(
+            "This optimizer needs params and gradients like them, call update(gradients, state,"
+            f" params): got {type(updates).__name__} for params of {type(params).__name__}."
+        )
+    if value_fn is None:
+        return updates, without_ascent(state.ascent)
+    around = of_state(config, {}, state)
+    return full_gradient_in_update(config, around, state, params, value_fn, extra_args)
 
 
 def subspace_gradient_in_update(

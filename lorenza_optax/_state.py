@@ -31,6 +31,7 @@ __all__ = [
     "check_same_tree",
     "examples",
     "initial_state",
+    "is_placeholder",
     "low_rank_like",
     "said",
 ]
@@ -113,7 +114,7 @@ def low_rank_like(leaves: Arrays, plan: ProjectionPlan, low: Arrays) -> Arrays:
 
 def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankState:
     """The state that ``init`` returns; ``stage`` is the gradient_transform, if any."""
-    if isinstance(params, _PLACEHOLDER):
+    if is_placeholder(params):
         return _placeholder_state(config, stage, params)
     plan = config.plan(params)
     if not config.in_full_space:
@@ -274,6 +275,11 @@ def _capture_placeholder() -> type:
 
 
 _PLACEHOLDER = _capture_placeholder()
+
+
+def is_placeholder(params: Any) -> bool:
+    """Whether ``init`` was called by ``optax.tree.map_params``, with no parameters at all."""
+    return isinstance(params, _PLACEHOLDER)
 
 
 def _placeholder_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankState:

@@ -22,6 +22,9 @@ STEPS, RANK, GAP = 9, 3, 4  # refreshes at 0, 4 and 8
 PROJECTED = {"wide", "tall", "square", "attention", "stacked/0", "stacked/1", "stacked/2"}
 
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
 def _run_library(tx, dtype, steps=STEPS):
     params = problems.params(dtype=dtype)
     state = tx.init(params)
