@@ -162,6 +162,11 @@ def cut(settings):
     return {"granularity": granularity, "rank": settings.rank // granularity}
 
 
+def quick_lotus(settings):
+    """Lotus's test as often as others refresh: its own η = 50 is for long runs."""
+    return {"check_every": settings.update_proj_gap, "threshold": 0.5 / settings.update_proj_gap}
+
+
 OPTIMIZERS = {
     "lorenza": Entry(lorenza, call_with_value_fn, True, 2e-2, 1e-3),
     "lorenza_plus": Entry(lorenza_plus, call_with_value_fn, True, 2e-2, 1e-3),
@@ -171,7 +176,19 @@ OPTIMIZERS = {
     "optax_sam": Entry(optax_sam, call_with_grad_fn, True, 3e-3, 1e-4),
     "sam": behind(lambda s: methods.sam(s.rho), 3e-3, 1e-4),
     "asam": behind(lambda s: methods.asam(10 * s.rho), 3e-3, 1e-4),
-    "galore": of_family(methods.galore, 2e-2, 1e-3),
+    "galore": of_family(methods.galore, 5e-2, 1e-3),
+    "fira": of_family(methods.fira, 2e-2, 1e-3),
+    "apollo": of_family(methods.apollo, 1e-2, 1e-4),
+    "vlorp": of_family(methods.vlorp, 5e-3, 1e-4, cut),
+    "projfactor": of_family(methods.projfactor, 1e-2, 2e-4),
+    "flora": of_family(methods.flora, 3e-2, 3e-3),
+    "lotus": of_family(methods.lotus, 5e-2, 1e-3, quick_lotus),
+    "gradnormlorp": of_family(methods.gradnormlorp, 2e-2, 1e-3),
+    "gum": of_family(methods.gum, 2e-2, 1e-3),
+    "cosmos": of_family(methods.cosmos, 2e-2, 1e-3),
+    "owlore": of_family(
+        methods.owlore, 1e-2, 3e-4, lambda s: {"num_layers": 2, "sampling_interval": 20}
+    ),
 }
 
 

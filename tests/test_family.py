@@ -87,7 +87,7 @@ def _train(step, params, state, target, steps=4):
 
 
 def test_all_methods_are_here():
-    factories = {name for name in methods.__all__ if not name.startswith("scale_by_")}
+    factories = {n for n in methods.__all__ if n.islower() and not n.startswith("scale_by_")}
     assert factories == {*METHODS, "sam", "asam"}  # those are in test_conformance.py
     assert {f"scale_by_{name}" for name in METHODS} <= set(methods.__all__)
 
@@ -116,7 +116,8 @@ def test_one_compiled_step(name):
     skipped, after = step(params, state, broken)
     chex.assert_trees_all_equal(skipped, params)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after))
-    assert set(lorenza_optax.diagnostics(after)) >= {"value", "skipped_steps"}
+    scalars = {key.rsplit("/", 1)[-1] for key in lorenza_optax.diagnostics(after)}
+    assert scalars >= {"value", "skipped_steps"}
     again, _ = _train(step, skipped, after, target, 6)
     assert problems.quadratic(again, target) < problems.quadratic(params, target)
 

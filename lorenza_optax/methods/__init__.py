@@ -5,15 +5,21 @@ from lorenza_optax.methods._cosmos import cosmos, scale_by_cosmos
 from lorenza_optax.methods._fira import fira, scale_by_fira
 from lorenza_optax.methods._flora import flora, scale_by_flora
 from lorenza_optax.methods._galore import galore, scale_by_galore
-from lorenza_optax.methods._gradnormlorp import gradnormlorp, scale_by_gradnormlorp
+from lorenza_optax.methods._gradnormlorp import (
+    WeightNormalizedState,
+    gradnormlorp,
+    scale_by_gradnormlorp,
+)
 from lorenza_optax.methods._gum import gum, scale_by_gum
 from lorenza_optax.methods._lotus import lotus, scale_by_lotus
-from lorenza_optax.methods._owlore import owlore, scale_by_owlore
+from lorenza_optax.methods._owlore import LayerwiseState, owlore, scale_by_owlore
 from lorenza_optax.methods._projfactor import projfactor, scale_by_projfactor
 from lorenza_optax.methods._sam import asam, sam
 from lorenza_optax.methods._vlorp import scale_by_vlorp, vlorp
 
 __all__ = [
+    "LayerwiseState",
+    "WeightNormalizedState",
     "apollo",
     "asam",
     "cosmos",

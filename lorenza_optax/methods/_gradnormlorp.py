@@ -11,9 +11,9 @@ import optax
 from lorenza_optax._compose import by_backprop, with_learning_rate, without_learning_rate
 from lorenza_optax._inner_rules import scale_by_adam
 from lorenza_optax._selection import Rank
-from lorenza_optax._weight_normalized import weight_normalized
+from lorenza_optax._weight_normalized import WeightNormalizedState, weight_normalized
 
-__all__ = ["gradnormlorp", "scale_by_gradnormlorp"]
+__all__ = ["WeightNormalizedState", "gradnormlorp", "scale_by_gradnormlorp"]
 
 
 def gradnormlorp(

@@ -12,10 +12,10 @@ from lorenza_optax._checks import check_number
 from lorenza_optax._compose import without_learning_rate
 from lorenza_optax._inner_rules import scale_by_adam
 from lorenza_optax._layer_stacks import outlier_ratios
-from lorenza_optax._layerwise import layerwise
+from lorenza_optax._layerwise import LayerwiseState, layerwise
 from lorenza_optax._selection import Rank
 
-__all__ = ["owlore", "scale_by_owlore"]
+__all__ = ["LayerwiseState", "owlore", "scale_by_owlore"]
 
 
 def owlore(
