@@ -14,6 +14,7 @@ from lorenza_optax._directions import Directions, Probe, in_subspace
 from lorenza_optax._find import find_states
 from lorenza_optax._gradient import full_gradient, like_params
 from lorenza_optax._in_update import perturbed_landscape
+from lorenza_optax._inner import first_moment
 from lorenza_optax._landscape import Displacement, Subspaces
 from lorenza_optax._matrix_view import MatrixView, matrix_view
 from lorenza_optax._paths import leaves_by_path
@@ -164,6 +165,12 @@ def surroundings_of_states(
     found: list[Surroundings] = []
     for state in states:
         paths = list(state.q) + [path for path in state.r if path not in state.q]
+        if not paths and first_moment(state.projected) and not config.never_perturbs:
+            raise ValueError(
+                "opt_state is of an optimizer that draws its subspaces anew at each update, so it"
+                " holds none to perturb in. Pass rho=0.0, or put lorenza_optax.methods.sam or"
+                " zo_sam_perturbation in front of the optimizer."
+            )
         if overlap := sorted(
             path for path in paths if any(path in f.subspaces.views for f in found)
         ):

@@ -145,6 +145,16 @@ def test_value_fn_inside_a_wrapper_names_the_other_way(wrapper, make):
         )(params, state, params)  # fmt: skip
 
 
+def test_subspaces_that_are_not_kept_cannot_be_perturbed_in():
+    tx = lorenza_optax.methods.apollo(1e-2, rank=2)
+    params = {"w": jnp.ones((6, 8))}
+    loss = lambda params: jnp.sum(params["w"] ** 2)  # noqa: E731
+    with pytest.raises(ValueError, match="draws its subspaces anew"):
+        perturbed_value_and_grad(loss)(params, opt_state=tx.init(params))
+    plain = perturbed_value_and_grad(loss, rho=0.0)(params, opt_state=tx.init(params))[1]
+    chex.assert_trees_all_close(plain, jax.grad(loss)(params))
+
+
 def test_several_states_share_one_norm():
     labels = {name: "tall" if name == "tall" else "rest" for name in problems.SHAPES}
     tx = optax.partition(
