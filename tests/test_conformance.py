@@ -108,7 +108,9 @@ def test_init_is_jittable_and_shape_only(method):
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, params), tx.init(params))
 
 
-@each_method
+@pytest.mark.parametrize(
+    "method", _methods(slow=("lorenza_plus", "zo_sam_perturbation", "sam", "asam"))
+)
 def test_scan_over_steps_and_donation(method):
     tx, (params, target) = METHODS[method](), _problem()
     step = _step(tx, target)
@@ -121,7 +123,7 @@ def test_scan_over_steps_and_donation(method):
     chex.assert_trees_all_close(donated, expected, rtol=1e-4, atol=1e-5)
 
 
-@each_method
+@pytest.mark.parametrize("method", _methods(slow=("lorenza_plus", "adazo_sam", "sam")))
 def test_vmap_over_models(method):
     tx, (params, target) = METHODS[method](), _problem()
     stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
@@ -304,7 +306,7 @@ class NnxNet(nnx.Module):
         return x
 
 
-@each_method
+@pytest.mark.parametrize("method", _methods(slow=("lorenza_plus", "lorenza-rotate-bf16", "sam")))
 def test_nnx_optimizer(method):
     model = NnxNet(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, METHODS[method](), wrt=nnx.Param)

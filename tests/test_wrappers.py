@@ -173,8 +173,9 @@ PROGRAMS = [
     pytest.param(way, program, marks=pytest.mark.slow if way in less else ())
     for program, less in {
         "scan and donation": (),
-        "export": ("perturbed_value_and_grad", "subspace_value_and_grad"),
-        "shard_map": ("value_fn",),  # test_conformance.py has it
+        "export": ("perturbed_value_and_grad", "subspace_value_and_grad", "momentum_sam"),
+        # test_conformance.py has value_fn.
+        "shard_map": ("value_fn", "momentum_sam"),
     }.items()
     for way in WAYS
 ]
