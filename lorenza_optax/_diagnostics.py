@@ -33,8 +33,9 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     state of the ascent: log the value that they return; the first three entries are 0 then.
 
     Args:
-      opt_state: The state of an optimizer with :func:`lorenza`, :func:`adazo_sam` or
-        :func:`zo_sam_perturbation` anywhere in it; under ``jit`` too.
+      opt_state: The state of an optimizer with :func:`lorenza`, :func:`adazo_sam`,
+        :func:`zo_sam_perturbation` or one of ``lorenza_optax.methods`` anywhere in it; under
+        ``jit`` too.
 
     Returns:
       A dict of scalars by name, without those that an optimizer does not have. If several states

@@ -15,7 +15,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_code_blocks_run():
-    quickstart, train_state, momentum, plan = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    quickstart, train_state, momentum, plan, family = blocks
 
     def loss(params, batch):
         return jnp.mean((batch @ params["kernel"] @ params["out"] - 1.0) ** 2)
@@ -64,6 +65,14 @@ def test_code_blocks_run():
     }
     assert len(names["tx"].init(scanned)[0].q) == 2
 
+    header, *examples = family.strip().split("\ntx = ")
+    for example in examples:
+        exec(f"{header}\ntx = {example}", names)
+        extra = {"value_fn": loss, "batch": batch}
+        step = jax.jit(lambda state: names["tx"].update(None, state, params, **extra))
+        moves, _ = step(names["tx"].init(params))
+        assert all(jnp.any(move != 0) for move in jax.tree.leaves(moves))
+
 
 def test_ci_runs_the_test_command():
     commands = [
@@ -88,6 +97,16 @@ def test_the_table_of_ascents_is_the_stored_one():
     import readme_table
 
     assert readme_table.markdown(*map(readme_table.load, ("ascent", "step_cost"))) in README
+
+
+def test_the_table_of_the_family_is_the_stored_one():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import family_table
+
+    table = family_table.markdown(json.loads(family_table.RESULTS.read_text()))
+    assert table in README
+    for path in re.findall(r"\]\((lorenza_optax/\S+\.py)\)", table):
+        assert (ROOT / path).exists(), path
 
 
 def test_tuning_figures_are_the_stored_ones():
