@@ -66,9 +66,9 @@ def test_code_blocks_run():
     assert len(names["tx"].init(scanned)[0].q) == 2
 
     header, *examples = family.strip().split("\ntx = ")
+    extra = {"value_fn": loss, "batch": batch}
     for example in examples:
         exec(f"{header}\ntx = {example}", names)
-        extra = {"value_fn": loss, "batch": batch}
         step = jax.jit(lambda state: names["tx"].update(None, state, params, **extra))
         moves, _ = step(names["tx"].init(params))
         assert all(jnp.any(move != 0) for move in jax.tree.leaves(moves))
