@@ -186,9 +186,10 @@ OPTIMIZERS = {
     "gradnormlorp": of_family(methods.gradnormlorp, 2e-2, 1e-3),
     "gum": of_family(methods.gum, 2e-2, 1e-3),
     "cosmos": of_family(methods.cosmos, 2e-2, 1e-3),
+    # It has two low-rank states, each with a value.
     "owlore": of_family(
         methods.owlore, 1e-2, 3e-4, lambda s: {"num_layers": 2, "sampling_interval": 20}
-    ),
+    )._replace(call=call_with_gradient),
 }
 
 
