@@ -17,6 +17,7 @@ PACKAGE = ROOT / "lorenza_optax"
 LAYERS = [
     "_checks",
     "_mesh",
+    "_noise",
     "_linalg",
     "_newton_schulz",
     "_matrix_view",
@@ -53,8 +54,8 @@ LAYERS = [
     "_step",
     "_surroundings",
     "_in_update",
-    "_zeroth_order",
     "_update",
+    "_zeroth_order",
     "_low_rank",
     "_arguments",
     "_compose",
