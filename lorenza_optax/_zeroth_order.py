@@ -158,4 +158,4 @@ def best_of_three(axis_name: Any) -> optax.GradientTransformationExtraArgs:
         best = factors[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))]
         return jax.tree.map(lambda u: best.astype(u.dtype) * u, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
