@@ -97,8 +97,9 @@ def zeroth_order_gradient(
     prepared = prepare_low(config, plan, low, others, state)
     # Gaussians are finite: to look at them all would keep them all in memory.
     prepared = prepared._replace(usable=jnp.all(jnp.isfinite(slopes)), noises=noises)
-    norm = jnp.sqrt(jnp.mean(jnp.square(slopes))).astype(jnp.float32)
-    new = after_ascent(state.ascent, value, norm, jnp.zeros((), bool))
+    size = jnp.sqrt(jnp.mean(jnp.square(slopes))).astype(jnp.float32)
+    size = jnp.where(jnp.isfinite(size), size, 0)
+    new = after_ascent(state.ascent, value, size, jnp.zeros((), bool))
     return prepared, new
 
 
@@ -158,4 +159,4 @@ def best_of_three(axis_name: Any) -> optax.GradientTransformationExtraArgs:
         best = factors[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))]
         return jax.tree.map(lambda u: best.astype(u.dtype) * u, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

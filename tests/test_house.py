@@ -86,7 +86,7 @@ LAYERS = [
 
 
 # Files of methods/ that build on others of methods/.
-METHODS_THAT_USE = {}
+METHODS_THAT_USE = {"_lozo_m": ["_lozo"]}
 
 
 def _imports(path):

@@ -12,7 +12,8 @@ from lorenza_optax.methods._gradnormlorp import (
 )
 from lorenza_optax.methods._gum import gum, scale_by_gum
 from lorenza_optax.methods._lotus import lotus, scale_by_lotus
-from lorenza_optax.methods._lozo import lozo, lozo_m, scale_by_lozo, scale_by_lozo_m
+from lorenza_optax.methods._lozo import lozo, scale_by_lozo
+from lorenza_optax.methods._lozo_m import lozo_m, scale_by_lozo_m
 from lorenza_optax.methods._mezo import mezo, scale_by_mezo
 from lorenza_optax.methods._owlore import LayerwiseState, owlore, scale_by_owlore
 from lorenza_optax.methods._projfactor import projfactor, scale_by_projfactor
