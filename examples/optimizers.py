@@ -190,6 +190,11 @@ OPTIMIZERS = {
     "owlore": of_family(
         methods.owlore, 1e-2, 3e-4, lambda s: {"num_layers": 2, "sampling_interval": 20}
     )._replace(call=call_with_gradient),
+    "mezo": of_family(methods.mezo, 3e-5, 1e-6),
+    "lozo": of_family(methods.lozo, 1e-4, 1e-6, lambda s: {"rank": 2}),
+    "lozo_m": of_family(methods.lozo_m, 1e-4, 1e-6, lambda s: {"rank": 2}),
+    "subzero": of_family(methods.subzero, 3e-5, 1e-6, lambda s: {"rank": min(s.rank, 24)}),
+    "zo_muon": of_family(methods.zo_muon, 1e-4, 1e-5, lambda s: {"scale": 100.0}),
 }
 
 
