@@ -194,7 +194,7 @@ OPTIMIZERS = {
     "lozo": of_family(methods.lozo, 1e-4, 1e-6, lambda s: {"rank": 2}),
     "lozo_m": of_family(methods.lozo_m, 1e-4, 1e-6, lambda s: {"rank": 2}),
     "subzero": of_family(methods.subzero, 3e-5, 1e-6, lambda s: {"rank": min(s.rank, 24)}),
-    "zo_muon": of_family(methods.zo_muon, 1e-4, 1e-5, lambda s: {"scale": 100.0}),
+    "zo_muon": of_family(methods.zo_muon, 1e-2, 1e-3, lambda s: {"others_scale": 1e-2}),
 }
 
 
