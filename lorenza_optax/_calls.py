@@ -6,11 +6,12 @@ import sys
 from collections.abc import Container
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lorenza_optax._paths import has_masked_nodes
 
-__all__ = ["check_call", "check_scalar", "wrapper_around"]
+__all__ = ["check_call", "check_scalar", "is_given", "wrapper_around"]
 
 INSTEAD = (
     "take the gradient outside with lorenza_optax.perturbed_value_and_grad(value_fn, ...)"
@@ -19,6 +20,16 @@ INSTEAD = (
 
 # Wrappers that hand on gradients or counts of their own, and not those of this call.
 _WRAPPERS = ("MultiSteps", "apply_if_finite", "mechanize")
+
+
+def is_given(updates: Any, params: Any) -> bool:
+    """Whether ``update`` was given a gradient: not None, nor the parameters for want of one.
+
+    ``nnx.Optimizer.update`` must be given something.
+    """
+    leaves, own = jax.tree.leaves(updates), jax.tree.leaves(params)
+    same = len(leaves) == len(own) and all(a is b for a, b in zip(leaves, own, strict=True))
+    return bool(leaves) and not same
 
 
 def check_call(updates: Any, params: Any, value_fn: Any) -> None:

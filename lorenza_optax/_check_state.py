@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import optax
 
+from lorenza_optax._fit import OTHERWISE_MADE, said
 from lorenza_optax._paths import shape_differences
-from lorenza_optax._state import OTHERWISE_MADE, said
 
 __all__ = ["check_state"]
 

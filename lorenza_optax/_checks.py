@@ -47,6 +47,15 @@ def check_number(name: str, value: Any, *, above: float | None = None) -> None:
         raise ValueError(f"{name} must be above {above}, got {number}.")
 
 
+def check_constant(name: str, value: Any, minimum: float) -> None:
+    """Raises unless ``value`` is a number of at least ``minimum``, no schedule."""
+    if callable(value):
+        raise TypeError(f"{name} must be a number, a schedule cannot change it.")
+    check_number(name, value)
+    if not isinstance(value, jax.Array) and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+
+
 def check_transformation(name: str, value: Any) -> None:
     """Raises unless ``value`` is None or an Optax transformation."""
     if value is not None and not (hasattr(value, "init") and hasattr(value, "update")):

@@ -12,9 +12,10 @@ import optax
 
 from lorenza_optax._arguments import with_decay
 from lorenza_optax._ascent import AscentConfig
-from lorenza_optax._checks import check_not_injected, check_transformation
+from lorenza_optax._checks import check_choice, check_not_injected, check_transformation
 from lorenza_optax._config import Coordinates, LowRankConfig
 from lorenza_optax._low_rank import low_rank
+from lorenza_optax._subspace import SUBSPACES
 
 __all__ = [
     "at_rest_while_zero",
@@ -73,11 +74,17 @@ def without_learning_rate(
 
 
 def by_backprop(
-    inner: optax.GradientTransformation, *, axis_name: Any = None, **axes: Any
+    inner: optax.GradientTransformation,
+    *,
+    subspace: str,
+    subspaces: Sequence[str] = tuple(SUBSPACES),
+    axis_name: Any = None,
+    **axes: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """A low-rank method that takes gradients, or takes them itself where ``value_fn`` is given."""
+    """A low-rank method that is given gradients, or else takes them itself from ``value_fn``."""
+    check_choice("subspace", subspace, subspaces)
     ascent = AscentConfig(rho=0.0, ascent="none", axis_name=axis_name)
-    return _low_rank(inner, ascent, **axes)
+    return _low_rank(inner, ascent, subspace=subspace, prefers_given=True, **axes)
 
 
 def by_forward_passes(
@@ -103,7 +110,9 @@ def by_forward_passes(
     )
     if coordinates is None:
         axes = {"rank": 1, "update_proj_gap": 1, "in_full_space": True, **axes}
-        coordinates = Coordinates(lambda normal, *_: normal, lambda leaf: (), lambda leaf: 1.0)
+        coordinates = Coordinates(
+            lambda normal, *_: normal, lambda leaf: (), lambda leaf: 1.0, others_factor=1.0
+        )
     return _low_rank(inner, ascent, zeroth_order=coordinates, **axes)
 
 

@@ -13,6 +13,7 @@ import optax
 from lorenza_optax._ascent import AscentConfig
 from lorenza_optax._checks import (
     check_choice,
+    check_constant,
     check_dtype,
     check_int,
     check_not_injected,
@@ -55,7 +56,7 @@ class Coordinates(NamedTuple):
     shape: Callable[[LeafPlan], tuple[int, ...]]
     weight: Callable[[LeafPlan], float]
     needs_partner: bool = False
-    others_factor: float | None = 1.0
+    others_factor: float | None = None
 
 
 class Displacement(NamedTuple):
@@ -85,6 +86,7 @@ class LowRankConfig:
       granularity: VLoRP's c.
       zeroth_order: Take the gradient by forward passes along random directions; μ and the number
         and kind of probes are those of ``ascent``.
+      prefers_given: Take the gradient from ``value_fn`` only where none is given.
     """
 
     rank: Rank
@@ -105,6 +107,7 @@ class LowRankConfig:
     power_decay: Any = None
     granularity: float = 1
     zeroth_order: Coordinates | None = None
+    prefers_given: bool = False
     scale: Any = 1.0
     gradient_transform: optax.GradientTransformation | None = None
     factor_dtype: Any = None
@@ -117,6 +120,13 @@ class LowRankConfig:
         check_int("update_proj_gap", self.update_proj_gap, 1)
         check_int("seed", self.seed, 0)
         check_choice("subspace", self.subspace, (*SUBSPACES, *RANDOM, POWER_ITERATION))
+        if (self.subspace == POWER_ITERATION) != (self.power_decay is not None):
+            raise ValueError(f"subspace={self.subspace!r} is not for this method.")
+        if self.ascent.needs_partners and self.subspace in RANDOM:
+            raise ValueError(
+                f"subspace={self.subspace!r} has no singular vectors to probe along: use"
+                f" {' or '.join(map(repr, SUBSPACES))}, or another ascent."
+            )
         check_choice("proj_type", self.proj_type, PROJ_TYPES)
         check_choice("moment_transport", self.moment_transport, TRANSPORTS)
         check_choice("refresh", self.refresh, REFRESHES)
@@ -146,7 +156,7 @@ class LowRankConfig:
         self._check_first_moment()
         check_number("scale", self.scale)
         check_not_injected("granularity", self.granularity)
-        check_number("granularity", self.granularity, above=0)
+        check_constant("granularity", self.granularity, 2**-16)
         check_transformation("gradient_transform", self.gradient_transform)
         check_not_injected("weight_dimension_numbers", self.weight_dimension_numbers)
         check_dtype("factor_dtype", self.factor_dtype, FACTOR_DTYPES)

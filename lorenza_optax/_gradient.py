@@ -19,6 +19,7 @@ __all__ = [
     "FullSpaceAscentState",
     "GradientAscentState",
     "LowRankGradient",
+    "NoAscentState",
     "SubspaceAscentState",
     "SubspaceGradients",
     "after_ascent",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 # Salts that are folded into a step's key, so that its uses are independent.
-PROBE, SKETCH, ROUNDING, START, RESIDUAL, LAYERS = range(6)
+PROBE, SKETCH, ROUNDING, START, RESIDUAL, LAYERS, BEGIN = range(7)
 
 
 class SubspaceAscentState(NamedTuple):
@@ -78,7 +79,16 @@ class AdaptiveAscentState(NamedTuple):
     perturbed: Any
 
 
-DrawingAscentState = SubspaceAscentState | FullSpaceAscentState
+class NoAscentState(NamedTuple):
+    """Of a method that never perturbs by itself; fields as in :class:`SubspaceAscentState`."""
+
+    seed: Any
+    value: Any
+    ascent_norm: Any
+    perturbed: Any
+
+
+DrawingAscentState = SubspaceAscentState | FullSpaceAscentState | NoAscentState
 AscentState = DrawingAscentState | GradientAscentState | AdaptiveAscentState
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lorenza_optax._ascent import AscentConfig
-from lorenza_optax._calls import check_call
+from lorenza_optax._calls import check_call, is_given
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._gradient import (
     SKETCH,
@@ -33,6 +33,7 @@ from lorenza_optax._renewal import NewSubspaces, install
 from lorenza_optax._sketch import WARM_UP, factors_from, sketch_rows
 from lorenza_optax._state import LowRankState
 from lorenza_optax._step import Prepared, prepare, prepare_low
+from lorenza_optax._subspace import RANDOM
 from lorenza_optax._surroundings import (
     Surroundings,
     bound_loss,
@@ -126,10 +127,12 @@ def given_or_taken_gradient(
     value_fn: Callable[..., Any] | None,
     extra_args: Mapping[str, Any],
 ) -> tuple[Any, Any]:
-    """The whole gradient at θ, taken here if there is ``value_fn``, and the ascent's state.
+    """The whole gradient, or that at θ taken here if none is given; and the ascent's state.
 
     For methods that change gradients before a low-rank transformation sees them.
     """
+    if is_given(updates, params):
+        value_fn = None
     check_call(updates, params, value_fn)
     if params is None or isinstance(updates, SubspaceGradients):
         raise ValueError(
@@ -181,7 +184,7 @@ def subspace_gradient(
         value, gradient = in_old()
         return value, prepare_low(config, plan, gradient.low, gradient.others, state)
 
-    if not plan.projected:
+    if not plan.projected or config.subspace in RANDOM:  # those are renewed before
         return *only_low(), None
     if not config.sketches:
 

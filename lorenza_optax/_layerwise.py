@@ -14,7 +14,8 @@ import optax
 from lorenza_optax._checks import check_int, check_not_injected, check_transformation, value_at
 from lorenza_optax._compose import by_backprop
 from lorenza_optax._config import LowRankConfig
-from lorenza_optax._gradient import LAYERS, step_key
+from lorenza_optax._fit import OTHERWISE_MADE
+from lorenza_optax._gradient import BEGIN, LAYERS, step_key
 from lorenza_optax._in_update import given_or_taken_gradient
 from lorenza_optax._layer_stacks import examples_of, gathered, masked, sampled, scattered
 from lorenza_optax._layers import Layers, check_pattern, find_layers
@@ -23,7 +24,7 @@ from lorenza_optax._matrix_view import WeightDimensionNumbers
 from lorenza_optax._mesh import in_auto_mode
 from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import LeafPlan, ProjectionPlan
-from lorenza_optax._state import OTHERWISE_MADE, LowRankState, is_placeholder
+from lorenza_optax._state import LowRankState, is_placeholder
 
 __all__ = ["LayerwiseState", "layerwise"]
 
@@ -230,7 +231,7 @@ def _begun(
 
     Its own count begins at 0, so that its keys need another seed.
     """
-    own = jax.random.key_data(jax.random.fold_in(step_key(seed, count, LAYERS), 1))
+    own = jax.random.key_data(step_key(seed, count, BEGIN))
     return fresh._replace(skipped=old.skipped, ascent=old.ascent._replace(seed=own))
 
 

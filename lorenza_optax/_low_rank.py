@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorenza_optax._calls import check_call
+from lorenza_optax._calls import check_call, is_given
 from lorenza_optax._checks import value_at
 from lorenza_optax._config import LowRankConfig
+from lorenza_optax._fit import check_same_tree
 from lorenza_optax._gradient import (
     SubspaceGradients,
     without_ascent,
@@ -26,7 +27,7 @@ from lorenza_optax._noise import Noise
 from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._random_subspace import closed, opened
-from lorenza_optax._state import LowRankState, check_same_tree, initial_state
+from lorenza_optax._state import LowRankState, initial_state
 from lorenza_optax._step import complete, prepare, prepare_low
 from lorenza_optax._update import LowRankUpdate, RandomUpdate
 from lorenza_optax._zeroth_order import zeroth_order_gradient
@@ -61,6 +62,8 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
         value_fn: Callable[..., Any] | None = None,
         **extra_args: Any,
     ) -> tuple[Any, LowRankState]:
+        if config.prefers_given and is_given(updates, params):
+            value_fn = None  # a stage in front may have changed the gradient, or taken SAM's
         check_call(updates, params, value_fn)
         in_subspaces = isinstance(updates, SubspaceGradients)
         tree = params if in_subspaces or updates is None else updates

@@ -45,7 +45,7 @@ class Noise(NamedTuple):
 
 def is_stack(shape: tuple[int, ...]) -> bool:
     """Whether the noise of an array is that of its entries along the first axis, one by one."""
-    return len(shape) > 2 and shape[0] <= LAYERS and math.prod(shape) >= SMALL
+    return len(shape) > 2 and 1 < shape[0] <= LAYERS and math.prod(shape) >= SMALL
 
 
 def _parts(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:

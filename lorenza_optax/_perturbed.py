@@ -12,7 +12,7 @@ import optax
 from lorenza_optax._ascent import AscentConfig
 from lorenza_optax._directions import Directions, Probe, in_subspace
 from lorenza_optax._find import find_states
-from lorenza_optax._gradient import full_gradient, like_params
+from lorenza_optax._gradient import NoAscentState, full_gradient, like_params
 from lorenza_optax._in_update import perturbed_landscape
 from lorenza_optax._inner import first_moment
 from lorenza_optax._landscape import Displacement, Subspaces
@@ -151,6 +151,9 @@ def surroundings_of_states(
 ) -> Surroundings:
     """What all states together say; their probes are drawn each from its own seed."""
     arrays = leaves_by_path(params)
+    # A method that perturbs nothing by itself may stand behind a stage that does.
+    own = [state for state in states if not isinstance(state.ascent, NoAscentState)]
+    states = own if any(map(full_space_ascent, own)) else states
     kinds = {full_space_ascent(state) for state in states}
     if kinds != {None}:
         if len(kinds) > 1:

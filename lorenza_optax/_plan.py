@@ -198,19 +198,24 @@ def projection_plan(
         else:
             chosen, reason = numbers[path], "not selected"
         view = None
-        if chosen is not None:
+        own = ranks[path]
+        if chosen is not None and own == 0:
+            reason = "rank 0"
+        elif chosen is not None:
             try:
                 view = matrix_view(shape, chosen, proj_type, granularity)
             except ValueError as error:
+                if numbers is None:  # of the default choice nothing but a granularity fails
+                    leaves[path] = LeafPlan(path, shape, dtype, None, 0, str(error))
+                    continue
                 what = "weight_dimension_numbers" + " or granularity" * (granularity != 1)
                 raise ValueError(
                     f"{what} of leaf {path!r} do not fit its shape {shape}: {chosen} ({error})."
                 ) from None
-            reason, own = "", ranks[path]
-            if own == 0 or min(view.m, view.n) <= own:
-                reason = f"min(m, n) = {min(view.m, view.n)} <= rank = {own}" if own else "rank 0"
-                view = None
-        leaves[path] = LeafPlan(path, shape, dtype, view, ranks[path] if view else 0, reason)
+            reason = ""
+            if min(view.m, view.n) <= own:
+                reason, view = f"min(m, n) = {min(view.m, view.n)} <= rank = {own}", None
+        leaves[path] = LeafPlan(path, shape, dtype, view, own if view else 0, reason)
     return ProjectionPlan(leaves)
 
 

@@ -1,4 +1,4 @@
-"""The state of a low-rank transformation, how it begins, and whether it fits its parameters."""
+"""The state of a low-rank transformation, and how it begins."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from lorenza_optax._config import LowRankConfig
 from lorenza_optax._gradient import (
     START,
     FullSpaceAscentState,
+    NoAscentState,
     SubspaceAscentState,
     initial_ascent_state,
     step_key,
 )
-from lorenza_optax._inner import check_inner, check_stored, store_moments
+from lorenza_optax._inner import check_inner, store_moments
 from lorenza_optax._mesh import mesh_axes, placed
-from lorenza_optax._paths import leaves_by_path, shape_differences
+from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._residual import Kept, kept
 from lorenza_optax._sketch import random_projectors
@@ -26,14 +27,14 @@ from lorenza_optax._subspace import POWER_ITERATION
 from lorenza_optax._transport import check_rotatable
 
 __all__ = [
-    "OTHERWISE_MADE",
     "LowRankState",
-    "check_same_tree",
     "examples",
     "initial_state",
+    "initial_subspaces",
     "is_placeholder",
     "low_rank_like",
-    "said",
+    "of_displacement",
+    "zeros_of",
 ]
 
 Arrays = dict[str, jax.Array]
@@ -127,8 +128,8 @@ def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankStat
     projected = config.inner.init(low)
     if config.moment_transport == "rotate":
         check_rotatable(config.inner, projected, jax.tree.map(jnp.shape, low))
-    q, r, values = _sharded_like(leaves, plan, *_initial_subspaces(config, plan))
-    kind = FullSpaceAscentState if config.in_full_space else SubspaceAscentState
+    q, r, values = _sharded_like(leaves, plan, *initial_subspaces(config, plan))
+    kind = _ascent_kind(config)
     dtype = config.stored_moment_dtype()
     return LowRankState(
         count=jnp.zeros((), jnp.int32),
@@ -139,13 +140,19 @@ def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankStat
         singular_values=values,
         projected=store_moments(projected, dtype, None),
         others=store_moments(config.others_inner.init(others), dtype, None),
-        residual=_zeros(config.residual.memory(plan), plan, leaves),
-        displacement=_zeros(_of_displacement(config, plan), plan, leaves),
+        residual=zeros_of(config.residual.memory(plan), plan, leaves),
+        displacement=zeros_of(of_displacement(config, plan), plan, leaves),
         gradient_transform=() if stage is None else stage.init(params),
         captured_energy=jnp.zeros((), jnp.float32),
         subspace_overlap=jnp.zeros((), jnp.float32),
         ascent=initial_ascent_state(kind, config.seed),
     )
+
+
+def _ascent_kind(config: LowRankConfig) -> type[Any]:
+    if config.prefers_given:
+        return NoAscentState
+    return FullSpaceAscentState if config.in_full_space else SubspaceAscentState
 
 
 def _sharded_like(leaves: Arrays, plan: ProjectionPlan, *trees: Arrays) -> list[Arrays]:
@@ -161,11 +168,11 @@ def _sharded_like(leaves: Arrays, plan: ProjectionPlan, *trees: Arrays) -> list[
     return found
 
 
-def _of_displacement(config: LowRankConfig, plan: ProjectionPlan) -> dict[str, dict[str, Kept]]:
+def of_displacement(config: LowRankConfig, plan: ProjectionPlan) -> dict[str, dict[str, Kept]]:
     return {} if config.displacement is None else kept(direction="rl", age="")(plan)
 
 
-def _zeros(
+def zeros_of(
     specs: dict[str, dict[str, Kept]], plan: ProjectionPlan, leaves: Arrays
 ) -> dict[str, Arrays]:
     """Arrays that a rule keeps, sharded as the leaves are."""
@@ -182,9 +189,7 @@ def _zeros(
     return found
 
 
-def _initial_subspaces(
-    config: LowRankConfig, plan: ProjectionPlan
-) -> tuple[Arrays, Arrays, Arrays]:
+def initial_subspaces(config: LowRankConfig, plan: ProjectionPlan) -> tuple[Arrays, Arrays, Arrays]:
     """(q, r, singular_values).
 
     They are zero, but for projectors that sketches are to be taken through.
@@ -218,55 +223,6 @@ def _initial_subspaces(
     return q, r, values
 
 
-# Fields whose leaves and shapes follow from the parameters and the arguments.
-_SHAPED = ("q", "r", "singular_values", "residual", "displacement", "projected", "others")
-OTHERWISE_MADE = (
-    "made by init for other parameters or with other arguments, such as rank, proj_type, rho,"
-    " ascent or base_optimizer. Build the optimizer with the arguments that the state was saved"
-    " with, or begin with a new state, tx.init(params)"
-)
-
-
-def check_same_tree(config: LowRankConfig, plan: ProjectionPlan, state: LowRankState) -> None:
-    """Raises where a state was made for other leaves or with other arguments."""
-    if not all(hasattr(state, field) for field in _SHAPED):
-        raise TypeError(
-            f"update needs the state that init made, and got a {type(state).__name__}: restore a"
-            " checkpoint into the structure of jax.eval_shape(tx.init, params)."
-        )
-    for inner in (state.projected, state.others):
-        check_stored(inner, config.stored_moment_dtype())
-    needed = jax.eval_shape(lambda: _shaped_fields(config, plan))
-    different = shape_differences(needed, {field: getattr(state, field) for field in _SHAPED})
-    different.sort(key=lambda one: (_SHAPED.index(one[0].partition("/")[0]), one[0]))
-    for name, now, then in different[:1]:
-        field, _, path = name.partition("/")
-        what = f"factor {field} of leaf {path!r}" if field in ("q", "r") else repr(name)
-        more = f" ({len(different) - 1} more arrays differ)" if different[1:] else ""
-        raise ValueError(
-            f"The state holds {said(then)} as {what}, where these parameters and arguments"
-            f" need {said(now)}{more}: it was {OTHERWISE_MADE}."
-        )
-
-
-def said(shape: tuple[int, ...] | None) -> str:
-    return "nothing" if shape is None else str(shape)
-
-
-def _shaped_fields(config: LowRankConfig, plan: ProjectionPlan) -> dict[str, Any]:
-    leaves = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in plan.leaves.items()}
-    low, others = examples(plan, leaves)
-    dtype = config.stored_moment_dtype()
-    rules = (config.residual.memory(plan), _of_displacement(config, plan))
-    inners = (config.inner.init(low), config.others_inner.init(others))
-    parts = (
-        *_initial_subspaces(config, plan),
-        *(_zeros(rule, plan, leaves) for rule in rules),
-        *(store_moments(inner, dtype, None) for inner in inners),
-    )
-    return dict(zip(_SHAPED, parts, strict=True))
-
-
 def _capture_placeholder() -> type:
     """The class of the tree that ``optax.tree.map_params`` calls ``init`` with."""
     seen = []
@@ -288,7 +244,7 @@ def _placeholder_state(config: LowRankConfig, stage: Any, params: Any) -> LowRan
     Low-rank arrays have neither the shape nor the tree of the parameters, so a parameter's
     sharding must not be mapped on them: one leaf stands for each whole field.
     """
-    kind = FullSpaceAscentState if config.in_full_space else SubspaceAscentState
+    kind = _ascent_kind(config)
     one_leaf_each = LowRankState(*[0] * len(LowRankState._fields))
     return one_leaf_each._replace(
         gradient_transform=() if stage is None else stage.init(params),

@@ -12,6 +12,7 @@ import optax
 from lorenza_optax._arguments import low_rank_config
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._find import find_states, refuse_wrapped
+from lorenza_optax._fit import check_same_tree
 from lorenza_optax._gradient import SubspaceGradients, full_gradient, low_rank_gradient
 from lorenza_optax._in_update import perturbed_landscape, surroundings_of
 from lorenza_optax._mesh import in_auto_mode
@@ -21,7 +22,7 @@ from lorenza_optax._random_subspace import closed, opened
 from lorenza_optax._refresh_apart import refreshed_apart
 from lorenza_optax._residual import DISCARD
 from lorenza_optax._selection import Rank
-from lorenza_optax._state import LowRankState, check_same_tree, examples, low_rank_like
+from lorenza_optax._state import LowRankState, examples, low_rank_like
 from lorenza_optax._subspace import RANDOM, project
 from lorenza_optax._surroundings import applied
 
@@ -205,7 +206,8 @@ def _config_of(transformation: Any, arguments: dict[str, Any]) -> LowRankConfig:
         raise TypeError(
             "transformation must be what a function scale_by_* of lorenza_optax returned. Of a"
             " chain, as lorenza(...) is one, or of a wrapper, pass that part alone:"
-            " scale_by_lorenza(...)."
+            " scale_by_lorenza(...). Flora, GradNormLoRP and OwLore need the whole gradient:"
+            " accumulate those of jax.grad."
         )
     if config.zeroth_order is not None:
         raise ValueError(

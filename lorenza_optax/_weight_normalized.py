@@ -11,12 +11,13 @@ import optax
 
 from lorenza_optax._checks import check_transformation, value_at
 from lorenza_optax._config import LowRankConfig
+from lorenza_optax._fit import check_same_tree
 from lorenza_optax._in_update import given_or_taken_gradient
 from lorenza_optax._linalg import matmul, total
 from lorenza_optax._mesh import in_auto_mode, mesh_axes, placed
 from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import ProjectionPlan
-from lorenza_optax._state import check_same_tree, is_placeholder
+from lorenza_optax._state import is_placeholder
 from lorenza_optax._weight_norm import columns, initial_lengths, moved, slopes
 
 __all__ = ["WeightNormalizedState", "weight_normalized"]

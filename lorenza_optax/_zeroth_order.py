@@ -48,8 +48,8 @@ def zeroth_order_gradient(
     Directions are made of a key each time that they are needed, a few numbers a direction.
     """
     around = surroundings_of(config, plan, state)
+    arrays = leaves_by_path(params)  # what is made of them is the same on all devices
     params = varying(params, config.ascent)
-    arrays = leaves_by_path(params)
     near = landscape(
         bound_loss(value_fn, extra_args),
         params,

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import lorenza_optax
-from lorenza_optax import adazo_sam, lorenza, lorenza_plus, zo_sam_perturbation
+from lorenza_optax import adazo_sam, lorenza, lorenza_plus, methods, zo_sam_perturbation
 from tests import problems
 
 
@@ -161,3 +161,19 @@ def test_an_ascent_along_moments_that_are_not_kept(ascent):
     gradient = lorenza_optax.perturbed_value_and_grad(lambda p: jnp.sum(p["w"]), ascent=ascent)
     with pytest.raises(ValueError, match="keeps none under any of the names"):
         gradient(params, opt_state=state)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: methods.galore(1e-2, subspace="unit_gaussian"), ValueError, "subspace must be"),
+        (lambda: methods.lotus(1e-2, threshold=lambda count: 0.1), TypeError, "a schedule cannot"),
+        (lambda: methods.lotus(1e-2, threshold=-1.0), ValueError, "threshold must be at least"),
+        (lambda: lorenza(1e-2, subspace="gaussian"), ValueError, "no singular vectors"),
+        (lambda: lorenza(1e-2, subspace="power_iteration"), ValueError, "not for this method"),
+        (lambda: methods.mezo(1e-2, variant="best"), ValueError, "variant must be one of"),
+    ],
+)
+def test_bad_arguments_of_the_family(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -48,6 +48,7 @@ LAYERS = [
     "_gradient",
     "_sketch",
     "_state",
+    "_fit",
     "_renewal",
     "_random_subspace",
     "_some",

@@ -1,5 +1,6 @@
 """The matrix view and the plan."""
 
+import functools
 import warnings
 from typing import Any, NamedTuple
 
@@ -177,3 +178,13 @@ def test_bad_trees_name_the_leaf():
 def test_a_plan_without_projections_warns_at_init():
     with pytest.warns(UserWarning, match="No leaf is projected.*rank = 128"):
         lorenza_optax.lorenza(1e-3).init({"kernel": jnp.ones((8, 8))})
+
+
+def test_what_a_granularity_does_not_cut_runs_in_full():
+    params = {"body": jnp.ones((64, 64)), "head": jnp.ones((64, 3))}
+    plan = functools.partial(lorenza_optax.projection_plan, params, granularity=16)
+    assert set(plan(1).projected) == {"body"}
+    assert "cannot be cut" in plan(1).leaves["head"].reason
+    assert not plan(lambda path, shape: 0).projected
+    with pytest.raises(ValueError, match="granularity of leaf 'head'"):
+        plan(1, weight_dimension_numbers=lorenza_optax.WeightDimensionNumbers())

@@ -96,6 +96,22 @@ def test_sam_is_the_one_of_optax():
         params = optax.apply_updates(params, one)
 
 
+@pytest.mark.parametrize("behind", ["galore", "apollo"])
+def test_a_method_of_the_family_behind_sees_its_gradient(behind):
+    params = {"w": 0.1 * jnp.arange(48.0).reshape(6, 8)}
+    loss = lambda params: jnp.sum(jnp.sin(params["w"]) ** 2)  # noqa: E731
+    method = getattr(methods, f"scale_by_{behind}")(rank=2)
+    chained = optax.chain(methods.sam(0.5), method)
+    state = chained.init(params)
+    updates, _ = jax.jit(lambda s: chained.update(None, s, params, value_fn=loss))(state)
+    at, gradient = perturbed_value_and_grad(loss, rho=0.5)(params, opt_state=state)
+    expected, _ = jax.jit(method.update)(gradient, method.init(params), params)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+    assert at > loss(params)
+    plain, _ = jax.jit(method.update)(jax.grad(loss)(params), method.init(params), params)
+    assert optax.tree.norm(optax.tree.sub(updates, plain)) > 1e-3
+
+
 def test_asam_sees_the_function_and_not_its_parameters():
     """c W₁ and W₂ / c are the same ReLU network, with the same perturbed loss where η = 0."""
     rng = np.random.default_rng(0)

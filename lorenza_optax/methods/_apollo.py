@@ -13,6 +13,7 @@ from lorenza_optax._checks import check_choice
 from lorenza_optax._compose import by_backprop, with_learning_rate, without_learning_rate
 from lorenza_optax._residual import FIRA_LIMIT, Residual, each_leaf, kept, limit_growth
 from lorenza_optax._selection import Rank
+from lorenza_optax._subspace import SUBSPACES
 
 __all__ = ["apollo", "scale_by_apollo"]
 
@@ -85,11 +86,10 @@ def apollo(
 
     Examples:
       >>> import jax.numpy as jnp, lorenza_optax
-      >>> tx = lorenza_optax.methods.apollo(1e-2, rank=4)
       >>> params = {"kernel": jnp.ones((16, 8))}
-      >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> print(updates["kernel"].shape, state[0].q, state[0].r)
-      (16, 8) {} {}
+      >>> state = lorenza_optax.methods.apollo(1e-2, rank=4).init(params)
+      >>> print(state[0].projected.mu["kernel"].shape, state[0].q, state[0].r)
+      (4, 16) {} {}
 
     References:
       Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024
@@ -102,8 +102,9 @@ def _build(
 ) -> optax.GradientTransformationExtraArgs:
     check_choice("scale_type", scale_type, tuple(_AXES))
     rule = each_leaf(_scaled, axis=_AXES[scale_type])
-    residual = Residual(rule, kept(norm=""), needs_orthonormal=False)
-    return by_backprop(optax.scale_by_adam(b1, b2, eps), residual=residual, **axes)
+    axes["residual"] = Residual(rule, kept(norm=""), needs_orthonormal=False)
+    axes["subspaces"] = (*SUBSPACES, "gaussian")
+    return by_backprop(optax.scale_by_adam(b1, b2, eps), **axes)
 
 
 def _scaled(

@@ -71,7 +71,7 @@ def cosmos(
 
     Returns:
       ``optax.chain(scale_by_cosmos(...), add_decayed_weights, scale_by_learning_rate)``. Its
-      ``update`` takes gradients, or takes them itself if it is given ``value_fn``.
+      ``update`` takes gradients; or None and ``value_fn``, and then takes them itself.
 
     Raises:
       ValueError, TypeError: As :func:`lorenza_optax.lorenza`.
@@ -98,6 +98,7 @@ def _build(
         inner_others=optax.scale_by_adam(b1, b2, eps),
         update_proj_gap=1,
         subspace=POWER_ITERATION,
+        subspaces=(POWER_ITERATION,),
         power_decay=b2,
         residual=adam_and_muon(gamma, b1, b2, eps),
         **axes,

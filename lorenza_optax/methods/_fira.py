@@ -32,6 +32,7 @@ def fira(
     weight_dimension_numbers: Any = None,
     gradient_transform: optax.GradientTransformation | None = None,
     axis_name: Any = None,
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Fira: what :func:`galore` drops is added, scaled column by column as Adam scaled its part.
 
@@ -66,6 +67,7 @@ def fira(
       weight_dimension_numbers: Which axes form the matrix of which leaf, likewise.
       gradient_transform: Applied to the gradient before it is projected.
       axis_name: Mapped axis over which ``value_fn`` is per device.
+      seed: Of the sketches.
 
     Returns:
       ``optax.chain(scale_by_fira(...), add_decayed_weights, scale_by_learning_rate)``, used as

@@ -80,7 +80,7 @@ def flora(
 
     Returns:
       ``optax.chain(scale_by_flora(...), add_decayed_weights, scale_by_learning_rate)``, used as
-      :func:`galore`'s.
+      :func:`galore`'s; ``update`` needs ``params``.
 
     Raises:
       ValueError, TypeError: As :func:`lorenza_optax.lorenza`.
@@ -109,7 +109,8 @@ def _build(
     if normalize == "before":
         given = axes["gradient_transform"] or optax.identity()
         axes["gradient_transform"] = optax.chain(given, in_float32(behind.pop(0)))
-    axes |= {"subspace": "gaussian", "moment_transport": "rotate", "residual": complement(1 - b1)}
+    axes |= {"subspace": "gaussian", "subspaces": ("gaussian",)}
+    axes |= {"moment_transport": "rotate", "residual": complement(1 - b1)}
     momentum = by_backprop(interpolated_ema(b1), **axes)
     return optax.chain(momentum, at_rest_while_zero(in_float32(optax.chain(*behind))))
 

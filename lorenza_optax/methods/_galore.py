@@ -32,6 +32,7 @@ def galore(
     weight_dimension_numbers: Any = None,
     gradient_transform: optax.GradientTransformation | None = None,
     axis_name: Any = None,
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""GaLore: Adam in the leading singular subspace of the gradient, renewed every T updates.
 
@@ -63,10 +64,11 @@ def galore(
       weight_dimension_numbers: Which axes form the matrix of which leaf, likewise.
       gradient_transform: Applied to the gradient before it is projected.
       axis_name: Mapped axis over which ``value_fn`` is per device.
+      seed: Of the sketches.
 
     Returns:
       ``optax.chain(scale_by_galore(...), add_decayed_weights, scale_by_learning_rate)``. Its
-      ``update`` takes gradients, or takes them itself if it is given ``value_fn``.
+      ``update`` takes gradients; or None and ``value_fn``, and then takes them itself.
 
     Raises:
       ValueError, TypeError: As :func:`lorenza_optax.lorenza`.

@@ -34,6 +34,7 @@ def gradnormlorp(
     weight_dimension_numbers: Any = None,
     gradient_transform: optax.GradientTransformation | None = None,
     axis_name: Any = None,
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""GradNormLoRP: each column of a matrix as g v / ‖v‖, Adam on g and GaLore on v.
 
@@ -71,6 +72,7 @@ def gradnormlorp(
       weight_dimension_numbers: Which axes form the matrix of which leaf.
       gradient_transform: Applied to the gradient of W.
       axis_name: Mapped axis over which ``value_fn`` is per device.
+      seed: Of the sketches.
 
     Returns:
       ``optax.chain(scale_by_gradnormlorp(...), add_decayed_weights, scale_by_learning_rate)``.

@@ -78,7 +78,7 @@ def gum(
 
     Returns:
       ``optax.chain(scale_by_gum(...), add_decayed_weights, scale_by_learning_rate)``. Its
-      ``update`` takes gradients, or takes them itself if it is given ``value_fn``.
+      ``update`` takes gradients; or None and ``value_fn``, and then takes them itself.
 
     Raises:
       ValueError, TypeError: As :func:`lorenza_optax.lorenza`.

@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import optax
 
-from lorenza_optax._checks import check_choice, check_int, check_number
+from lorenza_optax._checks import check_constant, check_int
 from lorenza_optax._compose import by_backprop, with_learning_rate, without_learning_rate
 from lorenza_optax._config import Displacement
 from lorenza_optax._selection import Rank
-from lorenza_optax._subspace import SUBSPACES
 
 __all__ = ["lotus", "scale_by_lotus"]
 
@@ -76,7 +75,7 @@ def lotus(
 
     Returns:
       ``optax.chain(scale_by_lotus(...), add_decayed_weights, scale_by_learning_rate)``. Its
-      ``update`` takes gradients, or takes them itself if it is given ``value_fn``.
+      ``update`` takes gradients; or None and ``value_fn``, and then takes them itself.
 
     Raises:
       ValueError, TypeError: As :func:`lorenza_optax.lorenza`.
@@ -99,8 +98,7 @@ def _build(
     b1: Any, b2: Any, eps: Any, check_every: int, threshold: float, subspace: str, **axes: Any
 ) -> optax.GradientTransformationExtraArgs:
     check_int("check_every", check_every, 1)
-    check_number("threshold", threshold)
-    check_choice("subspace", subspace, tuple(SUBSPACES))
+    check_constant("threshold", threshold, 0)
     rule = Displacement(check_every, threshold)
     inner = optax.scale_by_adam(b1, b2, eps)
     return by_backprop(inner, update_proj_gap=1, displacement=rule, subspace=subspace, **axes)

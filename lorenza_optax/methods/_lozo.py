@@ -92,11 +92,11 @@ def lozo_or_lozo_m(
         of_normal=lambda normal, *_: normal,
         shape=lambda leaf: leaf.low_rank_shape,
         weight=lambda leaf: 1 / leaf.rank if divide_by_rank else 1.0,
+        others_factor=1.0 if momentum is None else None,
     )
     inner = optax.identity()
     if momentum is not None:
         inner, axes["moment_transport"] = optax.ema(momentum, debias=False), "rotate"
-        coordinates = coordinates._replace(others_factor=None)
     return by_forward_passes(inner, subspace="unit_gaussian", coordinates=coordinates, **axes)
 
 

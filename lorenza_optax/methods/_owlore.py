@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from lorenza_optax._checks import check_number
+from lorenza_optax._checks import check_constant
 from lorenza_optax._compose import without_learning_rate
 from lorenza_optax._inner_rules import scale_by_adam
 from lorenza_optax._layer_stacks import outlier_ratios
@@ -111,7 +111,7 @@ def owlore(
 def _build(
     b1: Any, b2: Any, eps: Any, eps_before_correction: bool, outlier_multiple: Any, **choices: Any
 ) -> optax.GradientTransformationExtraArgs:
-    check_number("outlier_multiple", outlier_multiple, above=0)
+    check_constant("outlier_multiple", outlier_multiple, 0)
     inner = scale_by_adam(b1, b2, eps, eps_before_correction=eps_before_correction)
     odds = functools.partial(outlier_ratios, multiple=outlier_multiple)
     return layerwise(inner, odds, **choices)

@@ -10,6 +10,7 @@ import optax
 from lorenza_optax._compose import by_backprop, with_learning_rate, without_learning_rate
 from lorenza_optax._proj_factor import proj_factor
 from lorenza_optax._selection import Rank
+from lorenza_optax._subspace import RANDOM, SUBSPACES
 
 __all__ = ["projfactor", "scale_by_projfactor"]
 
@@ -97,7 +98,9 @@ def _build(
     residual = proj_factor(b1, b2, eps, eps_in_root)
     others = optax.scale_by_adam(b1, b2, eps)
     inner = optax.ema(b1, debias=False)
-    return by_backprop(inner, inner_others=others, residual=residual, **axes)
+    return by_backprop(
+        inner, inner_others=others, residual=residual, subspaces=(*SUBSPACES, *RANDOM), **axes
+    )
 
 
 scale_by_projfactor = without_learning_rate(projfactor, _build)

@@ -99,6 +99,7 @@ def _build(normalize: bool, **axes: Any) -> optax.GradientTransformationExtraArg
         shape=lambda leaf: (*leaf.matrix.batch, leaf.rank, leaf.rank),
         weight=lambda leaf: 1.0,
         needs_partner=True,
+        others_factor=1.0,
     )
     return by_forward_passes(
         optax.identity(), subspace="orthonormal", coordinates=coordinates, **axes

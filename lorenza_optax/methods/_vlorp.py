@@ -103,7 +103,8 @@ def _build(
     residual = proj_factor(b1, b2, eps, eps_in_root)
     others = optax.scale_by_adam(b1, b2, eps)
     inner = optax.ema(b1, debias=False)
-    return by_backprop(inner, inner_others=others, residual=residual, subspace="gaussian", **axes)
+    axes |= {"subspace": "gaussian", "subspaces": ("gaussian",)}
+    return by_backprop(inner, inner_others=others, residual=residual, **axes)
 
 
 scale_by_vlorp = without_learning_rate(vlorp, _build)
