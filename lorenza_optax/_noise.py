@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lorenza_optax._mesh import in_auto_mode
 
-__all__ = ["Noise", "Noisy", "is_stack", "plus_noise"]
+__all__ = ["Noise", "Noisy", "is_large", "is_stack", "plus_noise"]
 
 SMALL = 2**16  # numbers that are drawn at once
 LAYERS = 128  # more entries than that along a first axis are no layers
@@ -43,14 +43,19 @@ class Noise(NamedTuple):
         return self._replace(keys=jax.vmap(lambda key: jax.random.fold_in(key, index))(self.keys))
 
 
+def is_large(shape: tuple[int, ...]) -> bool:
+    """Whether an array is worth being drawn part by part."""
+    return math.prod(shape) >= SMALL
+
+
 def is_stack(shape: tuple[int, ...]) -> bool:
     """Whether the noise of an array is that of its entries along the first axis, one by one."""
-    return len(shape) > 2 and 1 < shape[0] <= LAYERS and math.prod(shape) >= SMALL
+    return len(shape) > 2 and 1 < shape[0] <= LAYERS and is_large(shape)
 
 
 def _parts(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     """The shape with one axis more, and which: its entries are the parts."""
-    if math.prod(shape) < SMALL:
+    if not is_large(shape):
         return (1, *shape), 0
     if is_stack(shape):
         return shape, 0

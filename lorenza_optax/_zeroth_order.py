@@ -11,11 +11,12 @@ import optax
 
 from lorenza_optax._checks import value_at
 from lorenza_optax._config import LowRankConfig
+from lorenza_optax._directions import normal_by_path
 from lorenza_optax._gradient import PROBE, after_ascent, step_key, varying
 from lorenza_optax._in_update import surroundings_of
 from lorenza_optax._landscape import Displacement, landscape
 from lorenza_optax._mesh import in_auto_mode
-from lorenza_optax._noise import Noise, plus_noise
+from lorenza_optax._noise import Noise, is_large, plus_noise
 from lorenza_optax._paths import leaves_by_path, path_hash
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._probes import slopes_along
@@ -49,10 +50,9 @@ def zeroth_order_gradient(
     """
     around = surroundings_of(config, plan, state)
     arrays = leaves_by_path(params)  # what is made of them is the same on all devices
-    params = varying(params, config.ascent)
     near = landscape(
         bound_loss(value_fn, extra_args),
-        params,
+        varying(params, config.ascent),
         around.subspaces,
         full_paths=frozenset(plan.others),
         noisy=True,
@@ -66,8 +66,9 @@ def zeroth_order_gradient(
         count = jnp.asarray(state.count)
         like = Displacement(
             dict.fromkeys(plan.projected, count),
-            {path: Noise(count, count) for path in plan.others},
-        )
+            {p: Noise(count, count) if is_large(leaf.shape) else arrays[p]
+             for p, leaf in plan.others.items()},
+        )  # fmt: skip
         return in_auto_mode(draw, key, partners, like=like)
 
     number = config.ascent.num_probes
@@ -76,24 +77,35 @@ def zeroth_order_gradient(
     slopes, value = slopes_along(near, displacement, keys, mu, config.ascent)
     near.warn(can_form_all=False)
 
-    def add(total: Arrays, one: tuple[jax.Array, jax.Array]) -> tuple[Arrays, None]:
-        slope, key = one
-        more = displacement(key).low
-        return {p: t + (slope / number).astype(t.dtype) * more[p] for p, t in total.items()}, None
+    def drawn(key: jax.Array) -> Displacement:
+        low, full = displacement(key)
+        return Displacement(low, {p: z for p, z in full.items() if not isinstance(z, Noise)})
 
-    shapes = jax.eval_shape(displacement, keys[0])
-    gradient = {path: jnp.zeros(low.shape, low.dtype) for path, low in shapes.low.items()}
+    def add(total: Displacement, one: tuple[jax.Array, jax.Array]) -> tuple[Displacement, None]:
+        slope, key = one
+        weighted = lambda t, x: t + (slope / number).astype(t.dtype) * x  # noqa: E731
+        return jax.tree.map(weighted, total, drawn(key)), None
+
+    shapes = jax.eval_shape(drawn, keys[0])
+    gradient = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     if number == 1:
         gradient, _ = add(gradient, (slopes[0], keys[0]))
     else:
         gradient, _ = jax.lax.scan(add, gradient, (slopes, keys))
     assert config.zeroth_order is not None
-    low = {path: config.zeroth_order.weight(plan.leaves[path]) * g for path, g in gradient.items()}
-    noises, others = {path: _noise(path, keys, slopes / number) for path in plan.others}, {}
+    weight = config.zeroth_order.weight
+    low = {path: weight(plan.leaves[path]) * g for path, g in gradient.low.items()}
+    noises = {
+        path: _noise(path, keys, slopes / number)
+        for path in plan.others
+        if path not in gradient.full
+    }
+    others = dict(gradient.full)
     if not config.keeps_noise:
-        for path, leaf in plan.others.items():
-            zeros = jnp.zeros_like(arrays[path], leaf.compute_dtype)
-            others[path] = plus_noise(zeros, noises.pop(path))
+        for path, noise in noises.items():
+            zeros = jnp.zeros_like(arrays[path], plan.leaves[path].compute_dtype)
+            others[path] = plus_noise(zeros, noise)
+        noises = {}
     prepared = prepare_low(config, plan, low, others, state)
     # Gaussians are finite: to look at them all would keep them all in memory.
     prepared = prepared._replace(usable=jnp.all(jnp.isfinite(slopes)), noises=noises)
@@ -116,17 +128,19 @@ def _direction(
 ) -> Displacement:
     assert config.zeroth_order is not None
     of_normal, shape, *_ = config.zeroth_order
-
-    def normal(path: str, shape: tuple[int, ...]) -> jax.Array:
-        own = jax.random.fold_in(key, path_hash(path))
-        return jax.random.normal(own, shape, plan.leaves[path].compute_dtype)
-
-    low = {
-        path: of_normal(normal(path, shape(leaf)), partners.get(path), leaf)
-        for path, leaf in plan.projected.items()
-    }
-    one = jnp.ones(1, jnp.float32)
-    return Displacement(low, {path: _noise(path, key[None], one) for path in plan.others})
+    large = {path for path, leaf in plan.others.items() if is_large(leaf.shape)}
+    small = {p: leaf for p, leaf in plan.leaves.items() if p not in large}
+    normal = normal_by_path(
+        key,
+        {p: shape(leaf) if p in plan.projected else leaf.shape for p, leaf in small.items()},
+        {p: leaf.compute_dtype for p, leaf in small.items()},
+    )
+    low = {p: of_normal(normal[p], partners.get(p), leaf) for p, leaf in plan.projected.items()}
+    full = {}
+    for path, leaf in plan.others.items():
+        one = jnp.ones(1, leaf.compute_dtype)
+        full[path] = _noise(path, key[None], one) if path in large else normal[path]
+    return Displacement(low, full)
 
 
 def _noise(path: str, keys: jax.Array, weights: jax.Array) -> Noise:
