@@ -147,10 +147,10 @@ def run(cell, display, needed):
 
 
 def stored(values):
-    """Labels as one string of digits, numbers to four places; those not finite as 0."""
+    """Labels as one string of digits, numbers as float32 has them; those not finite as 0."""
     if values.dtype.kind in "iu":
         return "".join(map(str, values.tolist()))
-    return np.round(np.nan_to_num(values, posinf=0, neginf=0).astype(float), 4).tolist()
+    return [float(f"{value:.8g}") for value in np.nan_to_num(values, posinf=0, neginf=0)]
 
 
 def best(results):

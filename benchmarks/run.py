@@ -36,7 +36,7 @@ def parse_arguments(argv):
     add("--data-dir", metavar="FOLDER",
         help=f"where the data are (default: the environment's {experiments.DATA_DIR})")  # fmt: skip
     add("--only", nargs="+", metavar="PATTERN",
-        help="cells whose id has this in it (* and ? as in file names) and their needs")  # fmt: skip
+        help="cells whose id has this in it, * and ? as for files, and their needs")  # fmt: skip
     add("--list", action="store_true", help="say what is done and what the rest will take")
     add("--limit", type=float, metavar="MINUTES", help="begin no cell that would not fit")
     add("--again", action="store_true", help="run stale and finished cells anew")
