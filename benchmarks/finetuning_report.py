@@ -7,6 +7,7 @@ from matplotlib import pyplot
 
 import glue
 from benchmarks import bootstrap, experiments
+from benchmarks.finetuning_methods import METHODS
 
 BASELINES = ("galore", "adamw", "sam")
 SUBJECTS = ("lorenza_zo", "lorenza_subspace", "lorenza_plus", "adazo_sam")  # of the findings
@@ -179,10 +180,13 @@ def _chosen(runs, methods, tasks):
             return "-"
         result = runs[method, task][0]
         rho = "" if result["rho"] is None else f", {result['rho']:g}"
-        return f"{result['learning_rate']:.2g}{rho}"
+        rates = [rate for rate, _ in METHODS[method].trials()]
+        edge = " (edge)" if result["learning_rate"] in (min(rates), max(rates)) else ""
+        return f"{result['learning_rate']:.2g}{rho}{edge}"
 
     rows = [[_name(m), *(cell(m, t) for t in tasks)] for m in methods]
-    return ["Tuned learning rate and radius:", "", *_table(["method", *tasks], rows)]
+    head = "Tuned learning rate and radius; the edge is that of the learning rates tried:"
+    return [head, "", *_table(["method", *tasks], rows)]
 
 
 def _costs(runs, methods, tasks):

@@ -30,10 +30,11 @@ class Display:
         self._count, self._done = count, 0
         if self.console.is_terminal:
             self._bars = rich.progress.Progress(
-                "[bold]{task.description}",
+                # Columns of their own: plain strings would lose their style when a note is printed.
+                rich.progress.TextColumn("[bold]{task.description}"),
                 rich.progress.BarColumn(),
                 rich.progress.MofNCompleteColumn(),
-                "{task.fields[text]}",
+                rich.progress.TextColumn("{task.fields[text]}"),
                 console=self.console,
             )
             self._cells = self._bars.add_task(name, total=count, text="")

@@ -95,7 +95,14 @@ def optax_sam(learning_rate, settings):
 def call_with_value_fn(tx, loss, params, opt_state, batch):
     """The transformation takes the gradient itself, at the point it perturbs to."""
     updates, opt_state = tx.update(None, opt_state, params, value_fn=loss, batch=batch)
-    return optax.tree.get(opt_state, "value"), updates, opt_state
+    # Moments have the parameters' names, and attention has a `value` too: take the one scalar.
+    value = optax.tree.get(opt_state, "value", filtering=_is_scalar)
+    return value, updates, opt_state
+
+
+def _is_scalar(path, value):
+    del path
+    return getattr(value, "shape", None) == ()
 
 
 def call_with_gradient(tx, loss, params, opt_state, batch):
