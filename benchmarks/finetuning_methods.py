@@ -97,23 +97,6 @@ def _of(factory, **arguments) -> Callable[[Any, Any], optax.GradientTransformati
     return optimizers.of_family(factory, 0.0, 0.0, more).build
 
 
-def _vlorp(learning_rate, settings):
-    """The matrices that the others project: the head's two columns cannot be cut to pieces."""
-
-    def same_matrices(params):
-        projected = lorenza_optax.projection_plan(params, settings.rank).projected
-        numbers = {path: lorenza_optax.WeightDimensionNumbers() for path in projected}
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: numbers.get(jax.tree_util.keystr(path, simple=True, separator="/")),
-            params,
-        )
-
-    def more(settings):
-        return {**optimizers.cut(settings), "weight_dimension_numbers": same_matrices}
-
-    return optimizers.of_family(methods.vlorp, 0.0, 0.0, more).build(learning_rate, settings)
-
-
 def _known(name):
     return optimizers.OPTIMIZERS[name].build
 
@@ -134,7 +117,7 @@ METHODS = {
         join=lora_join,
     ),
     "fira": Method(_of(methods.fira), 2.5e-4),
-    "vlorp": Method(_vlorp, 1.8e-4),
+    "vlorp": Method(_known("vlorp"), 1.8e-4),
     "adazo_sam": Method(_known("adazo_sam"), 1.8e-4, BLIND, passes=5),
     "lorenza_plus": Method(_of(lorenza_optax.lorenza_plus), 2.5e-4, BLIND, passes=5),
 }

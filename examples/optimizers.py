@@ -65,13 +65,17 @@ def adamw(learning_rate, settings):
     return optax.adamw(learning_rate, weight_decay=WEIGHT_DECAY)
 
 
+def _projected(params, rank, numbers):
+    """A tree with the numbers where LORENZA projects, and None elsewhere."""
+    plan = lorenza_optax.projection_plan(params, rank)
+    leaves = [numbers if path in plan.projected else None for path in plan.leaves]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
 def optax_galore(learning_rate, settings):
     def same_matrices(params):
         """Those that LORENZA projects; of itself galore projects the embedding too."""
-        plan = lorenza_optax.projection_plan(params, settings.rank)
-        numbers = optax.contrib.GaLoreDimensionNumbers()
-        leaves = [numbers if path in plan.projected else None for path in plan.leaves]
-        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+        return _projected(params, settings.rank, optax.contrib.GaLoreDimensionNumbers())
 
     return optax.contrib.galore(
         learning_rate,
@@ -165,8 +169,17 @@ def behind(stage, pretraining, fine_tuning):
 
 def cut(settings):
     """VLoRP's c and r for a budget of `rank` numbers a row."""
+
+    def same_matrices(params):
+        """Those that LORENZA projects: a head of two columns cannot be cut to pieces."""
+        return _projected(params, settings.rank, lorenza_optax.WeightDimensionNumbers())
+
     granularity = math.gcd(settings.rank, 16)
-    return {"granularity": granularity, "rank": settings.rank // granularity}
+    return {
+        "granularity": granularity,
+        "rank": settings.rank // granularity,
+        "weight_dimension_numbers": same_matrices,
+    }
 
 
 def quick_lotus(settings):
