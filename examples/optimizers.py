@@ -99,8 +99,9 @@ def optax_sam(learning_rate, settings):
 def call_with_value_fn(tx, loss, params, opt_state, batch):
     """The transformation takes the gradient itself, at the point it perturbs to."""
     updates, opt_state = tx.update(None, opt_state, params, value_fn=loss, batch=batch)
-    # Moments have the parameters' names, and attention has a `value` too: take the one scalar.
-    value = optax.tree.get(opt_state, "value", filtering=_is_scalar)
+    # Moments have the parameters' names, and attention has a `value` too: only scalars. OwLore has
+    # two states, with the same value in both.
+    (_, value), *_ = optax.tree.get_all_with_path(opt_state, "value", filtering=_is_scalar)
     return value, updates, opt_state
 
 
