@@ -14,7 +14,7 @@ from lorenza_optax._ascent import AscentConfig
 from lorenza_optax._checks import check_transformation
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._low_rank import low_rank
-from lorenza_optax._update import LowRankUpdate
+from lorenza_optax._update import Unformed
 
 __all__ = ["STRUCTURAL_ARGS", "low_rank_config", "scale_by", "structural_args", "with_decay"]
 
@@ -160,7 +160,7 @@ def _decay_of_factored(
         rate, state = decay.update(jnp.zeros(()), state, jnp.ones(()))
 
         def add(update: Any, param: Any) -> Any:
-            if isinstance(update, LowRankUpdate):
+            if isinstance(update, Unformed):
                 return update.with_decay(rate)
             return update + (rate * param).astype(param.dtype)
 

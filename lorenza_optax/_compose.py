@@ -32,8 +32,9 @@ _BEHIND = ("weight_decay", "mask", "learning_rate")
 def with_learning_rate(build: Build, **arguments: Any) -> optax.GradientTransformationExtraArgs:
     """A method with its weight decay and learning rate behind it, from all its arguments."""
     check_not_injected("mask", arguments.get("mask"))
-    behind = [arguments.pop(name) for name in _BEHIND]
-    return with_decay(build(**arguments), *behind)
+    decay, mask, rate = (arguments.pop(name) for name in _BEHIND)
+    factored = arguments.get("factored_updates", False)
+    return with_decay(build(**arguments), decay, mask, rate, factored)
 
 
 def without_learning_rate(

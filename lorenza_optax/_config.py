@@ -47,12 +47,15 @@ class Coordinates(NamedTuple):
       shape: leaf -> the shape of the normal numbers that N is made of.
       weight: leaf -> factor of the estimated gradient Σ d_j N_j / q.
       needs_partner: Whether there is a second factor K ([b,] r, l) with orthonormal rows.
+      others_factor: What the optimizer of the other leaves multiplies their gradients with; None
+        where it does something else.
     """
 
     of_normal: Callable[[jax.Array, Any, LeafPlan], jax.Array]
     shape: Callable[[LeafPlan], tuple[int, ...]]
     weight: Callable[[LeafPlan], float]
     needs_partner: bool = False
+    others_factor: float | None = 1.0
 
 
 class Displacement(NamedTuple):
@@ -174,6 +177,13 @@ class LowRankConfig:
     def others_inner(self) -> optax.GradientTransformationExtraArgs:
         """The optimizer of leaves that are not projected."""
         return self.inner if self.inner_others is None else self.inner_others
+
+    @property
+    def keeps_noise(self) -> bool:
+        """Whether updates of leaves that are not projected are left as keys and weights."""
+        estimated = self.zeroth_order
+        linear = estimated is not None and estimated.others_factor is not None
+        return self.factored_updates and linear
 
     @property
     def is_orthonormal(self) -> bool:

@@ -156,12 +156,16 @@ def full_space(params: Mapping[str, jax.Array]) -> Directions:
 
 
 def normal_by_path(
-    key: jax.Array, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, jnp.dtype]
+    key: jax.Array,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, jnp.dtype],
+    made_into: Callable[[jax.Array], jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
     """Gaussians that depend on the key, the path and the shape, whatever other leaves there are.
 
     Equal shapes are drawn in one call: on a CPU each generator in a program takes 0.1 s or
-    more to compile.
+    more to compile. With ``made_into`` what each is made into, one after the other, for what needs
+    memory and time to compile.
     """
     groups: dict[Any, list[str]] = {}
     for path in shapes:
@@ -170,10 +174,15 @@ def normal_by_path(
     for (shape, dtype), paths in groups.items():
         hashes = jnp.asarray([path_hash(path) for path in paths], jnp.uint32)
         keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(hashes)
-        draw = lambda one: jax.random.normal(one, shape, dtype)  # noqa: B023, E731
+
+        def draw(one: jax.Array) -> jax.Array:
+            normal = jax.random.normal(one, shape, dtype)  # noqa: B023
+            return normal if made_into is None else made_into(normal)
+
         # In a loop of two halves: what a loop makes XLA keeps, and otherwise it repeats the fifty
         # instructions of a Gaussian in every fusion that reads a leaf's part of them.
-        normals = jax.lax.map(draw, keys, batch_size=max(1, len(paths) // 2))
+        at_once = max(1, len(paths) // 2) if made_into is None else None
+        normals = jax.lax.map(draw, keys, batch_size=at_once)
         drawn |= dict(zip(paths, normals, strict=True))
     return {path: drawn[path] for path in shapes}
 

@@ -11,6 +11,7 @@ arguments are left out, and one called in each layer is compiled for each layer.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from jax.extend.core import ClosedJaxpr
 
 from lorenza_optax._factored import Factored, Term, materialize
 from lorenza_optax._factored_rules import RULES
+from lorenza_optax._noise import Noisy, is_stack
 
 __all__ = ["Materialized", "evaluate"]
 
@@ -29,24 +31,30 @@ Materialized = dict[str, str]
 
 
 def evaluate(closed: Any, args: Sequence[Any], seen: Materialized) -> list[Any]:
-    """The outputs of a closed jaxpr whose arguments may be :class:`Factored`.
+    """The outputs of a closed jaxpr whose arguments may be :class:`Factored` or :class:`Noisy`.
 
     Equations that no factored weight reaches are evaluated as they are; what is done with the
-    others is said by ``RULES`` and, for those that contain a jaxpr, by the functions below.
+    others is said by ``RULES`` and, for those that contain a jaxpr, by the functions below. A noisy
+    weight is formed by the first equation that uses it, after the one before.
 
     Args:
       closed: The traced function.
-      args: Arrays and :class:`Factored`, one for each of its inputs.
+      args: Arrays and weights, one for each of its inputs.
       seen: Is told of leaves that had to be materialized.
     """
     jaxpr = closed.jaxpr
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
     read = lambda atom: atom.val if hasattr(atom, "val") else values[atom]  # noqa: E731
+    last = _last_array(args)
     for eqn in _live(jaxpr):
+        inputs = [read(atom) for atom in eqn.invars]
+        if eqn.primitive.name not in ENTERED:
+            inputs = [x.formed(last) if isinstance(x, Noisy) else x for x in inputs]
         with eqn.ctx.manager:
-            outputs = _equation(eqn, [read(atom) for atom in eqn.invars], seen)
+            outputs = _equation(eqn, inputs, seen)
         values.update(zip(eqn.outvars, outputs, strict=True))
+        last = last if (found := _last_array(outputs)) is None else found
     return [read(atom) for atom in jaxpr.outvars]
 
 
@@ -61,6 +69,12 @@ def _live(jaxpr: Any) -> list[Any]:
     return live[::-1]
 
 
+def _last_array(values: Sequence[Any]) -> Any:
+    """The last of some values that is computed, and no weight; None if none is."""
+    is_array = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: E731
+    return next((x for x in reversed(values) if is_array(x) and x.size), None)
+
+
 def _bind(eqn: Any, *arrays: Any) -> Any:
     """The equation itself, on arrays."""
     return eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(eqn.params))
@@ -71,7 +85,7 @@ def _equation(eqn: Any, inputs: list[Any], seen: Materialized) -> list[Any]:
 
     bind = functools.partial(_bind, eqn)
     outputs: Any = NotImplemented
-    if any(isinstance(value, Factored) for value in inputs):
+    if any(isinstance(value, (Factored, Noisy)) for value in inputs):
         if name in CONTROL_FLOW:
             return CONTROL_FLOW[name](eqn, inputs, seen)
         if name in RULES:
@@ -89,6 +103,8 @@ def _equation(eqn: Any, inputs: list[Any], seen: Materialized) -> list[Any]:
 
 
 def _plain(value: Any, seen: Materialized, name: str) -> Any:
+    if isinstance(value, Noisy):
+        return value.formed()
     if not isinstance(value, Factored):
         return value
     seen.setdefault(value.path, name)
@@ -132,7 +148,7 @@ def _fixed(values: list[Any], body: Any, offset: int, seen: Materialized, name: 
     fixed = []
     for i, value in enumerate(values):
         same = body.jaxpr.outvars[i] is body.jaxpr.invars[offset + i]
-        fixed.append(isinstance(value, Factored) and same)
+        fixed.append(isinstance(value, (Factored, Noisy)) and same)
         if not fixed[i]:
             values[i] = _plain(value, seen, name)
     return fixed
@@ -151,25 +167,37 @@ def _scan(eqn: Any, inputs: list[Any], seen: Materialized) -> list[Any]:
     first = last - sum(map(same_shape, zip(eqn.outvars, body.jaxpr.outvars, strict=True)))
     consts, init, xs = inputs[:first], inputs[first:last], inputs[last:]
     fixed = _fixed(init, body, first, seen, "scan")
-    xs = [
-        value if not isinstance(value, Factored) or value.labels[0] == "b"
-        else _plain(value, seen, "scan") for value in xs
-    ]  # fmt: skip
+    xs = [value if _has_layers(value) else _plain(value, seen, "scan") for value in xs]
+    sliced = [(x.base, jnp.arange(len(x.base))) if isinstance(x, Noisy) else x for x in xs]
+
+    def layer(whole: Any, own: Any) -> Any:
+        if isinstance(whole, Noisy):
+            base, index = own
+            return dataclasses.replace(whole, base=base, noise=whole.noise.of_part(index))
+        return own.like(own.base, own.labels[1:]) if isinstance(own, Factored) else own
 
     def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
-        slices = [x.like(x.base, x.labels[1:]) if isinstance(x, Factored) else x for x in slices]
+        slices = [layer(x, own) for x, own in zip(xs, slices, strict=True)]
         args = [*consts, *_merge(fixed, init, carry), *slices]
         outputs = evaluate(body, args, seen)
         new = [out for out, same in zip(outputs, fixed, strict=False) if not same]
-        return [_plain(out, seen, "scan") for out in new], outputs[len(init) :]
+        ys = [out.formed() if isinstance(out, Noisy) else out for out in outputs[len(init) :]]
+        return [_plain(out, seen, "scan") for out in new], ys
 
     start = [value for value, same in zip(init, fixed, strict=True) if not same]
     carry, ys = jax.lax.scan(
-        step, start, xs, length=params["length"], reverse=params["reverse"],
+        step, start, sliced, length=params["length"], reverse=params["reverse"],
         unroll=params["unroll"],
     )  # fmt: skip
     ys = [y.like(y.base, "b" + y.labels) if isinstance(y, Factored) else y for y in ys]
     return [*_merge(fixed, init, carry), *ys]
+
+
+def _has_layers(value: Any) -> bool:
+    """Whether a slice of a value along its first axis is one of the same kind; an array's is."""
+    if isinstance(value, Noisy):
+        return is_stack(value.base.shape)
+    return not isinstance(value, Factored) or value.labels[0] == "b"
 
 
 def _while(eqn: Any, inputs: list[Any], seen: Materialized) -> list[Any]:
@@ -252,3 +280,5 @@ CONTROL_FLOW: dict[str, Callable[..., list[Any]]] = {
     "scan": _scan,
     "while": _while,
 }
+# What a noisy weight goes into as it is: none of these computes anything itself.
+ENTERED = CONTROL_FLOW.keys() - {"custom_jvp_call"}

@@ -16,6 +16,7 @@ from lorenza_optax._interpreter import Materialized, evaluate
 from lorenza_optax._linalg import matmul
 from lorenza_optax._matrix_view import MatrixView
 from lorenza_optax._mesh import in_auto_mode
+from lorenza_optax._noise import Noise, Noisy
 from lorenza_optax._paths import leaves_by_path
 
 __all__ = ["Displacement", "Landscape", "Subspaces", "landscape"]
@@ -40,14 +41,20 @@ class Displacement(NamedTuple):
 
     Attributes:
       low: N ([b,] r, l) by path: a projected leaf moves by P N.
-      full: Moves of other leaves, in the leaf's shape.
+      full: Moves of other leaves, in the leaf's shape; or as :class:`Noise`, which is drawn where
+        the loss uses the leaf.
     """
 
     low: Arrays
-    full: Arrays
+    full: Mapping[str, Any]
 
     def scaled(self, factor: jax.typing.ArrayLike) -> Displacement:
-        return jax.tree.map(lambda move: (factor * move).astype(move.dtype), self)
+        def scale(move: Any) -> Any:
+            if isinstance(move, Noise):
+                return move.scaled(factor)
+            return (factor * move).astype(move.dtype)
+
+        return jax.tree.map(scale, self, is_leaf=lambda move: isinstance(move, Noise))
 
 
 class Landscape(NamedTuple):
@@ -73,14 +80,16 @@ class Landscape(NamedTuple):
         result = self.at(move, self.leaves if leaves is None else leaves, **kwargs)
         return result[0] if self.has_aux else result
 
-    def warn(self) -> None:
+    def warn(self, can_form_all: bool = True) -> None:
         """Says once, while tracing, which leaves could not be kept factored."""
         if self.seen:
             uses = ", ".join(f"{path!r} ({name})" for path, name in sorted(self.seen.items()))
+            hint = " Pass factored=False to evaluate all leaves so and silence this."
+            hint = hint if can_form_all else ""
             warnings.warn(
                 "value_fn uses some projected leaves in a way that needs the perturbed weight"
                 f" itself: {uses}. The numbers are the same, but these leaves save neither memory"
-                " nor time. Pass factored=False to evaluate all leaves so and silence this.",
+                " nor time." + hint,
                 stacklevel=2,
             )
 
@@ -92,6 +101,7 @@ def landscape(
     *,
     full_paths: frozenset[str] = frozenset(),
     keep_factored: bool = True,
+    noisy: bool = False,
     has_aux: bool = False,
 ) -> Landscape:
     """The loss as a function of displacements from θ.
@@ -102,6 +112,7 @@ def landscape(
       subspaces: Where projected leaves may move.
       full_paths: Leaves that may move freely.
       keep_factored: Whether to evaluate x (W + P N) as x W + (x P) N.
+      noisy: Whether moves of ``full_paths`` are :class:`Noise`.
       has_aux: Whether ``loss`` returns auxiliary output too.
     """
     treedef = jax.tree.structure(params)
@@ -116,7 +127,7 @@ def landscape(
     arrays = leaves_by_path(params)
     # Along pieces of vectors nothing is displaced, so such leaves need not be wide.
     cut = any(view.granularity != 1 for view in views.values())
-    if cut or not (views and keep_factored):
+    if cut or not (noisy or (views and keep_factored)):
         arrays = _wide_enough(checked, arrays, full_paths | frozenset(() if cut else views))
         return Landscape(_plain_evaluation(checked, arrays, subspaces), arrays, seen, has_aux)
 
@@ -147,6 +158,11 @@ def landscape(
     ) -> Any:
         args = []
         for path, leaf in leaves.items():
+            if isinstance(noise := move.full.get(path), Noise):
+                # Of a narrow leaf no wide copy is needed.
+                base = arrays[path] if leaves is wide else leaf
+                args.append(Noisy(base, noise, leaf.dtype, vanishes))
+                continue
             if path in move.full:
                 leaf = leaf + move.full[path].astype(leaf.dtype)
             terms = []
@@ -183,9 +199,14 @@ def _trace(loss: Callable[[Arrays], Any], leaves: Arrays) -> tuple[Any, Callable
     traced = jax.make_jaxpr(flat)(*leaves.values())
 
     def rebuild(outputs: list[Any]) -> Any:
-        arrays = (materialize(o) if isinstance(o, Factored) else o for o in outputs)
+        arrays = iter([formed(output) for output in outputs])
         pairs = zip(static["is_array"], static["rest"], strict=True)
         return static["treedef"].unflatten([next(arrays) if a else rest for a, rest in pairs])
+
+    def formed(output: Any) -> Any:
+        if isinstance(output, Noisy):
+            return output.formed()
+        return materialize(output) if isinstance(output, Factored) else output
 
     return traced, rebuild
 

@@ -22,12 +22,13 @@ from lorenza_optax._in_update import (
     surroundings_of,
 )
 from lorenza_optax._mesh import in_auto_mode
+from lorenza_optax._noise import Noise
 from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._random_subspace import closed, opened
 from lorenza_optax._state import LowRankState, check_same_tree, initial_state
 from lorenza_optax._step import complete, prepare, prepare_low
-from lorenza_optax._update import LowRankUpdate
+from lorenza_optax._update import LowRankUpdate, RandomUpdate
 from lorenza_optax._zeroth_order import zeroth_order_gradient
 
 __all__ = ["low_rank"]
@@ -127,10 +128,11 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
         new_state = closed(config, before, new_state)
         ordered = []
         for path in leaves_by_path(tree):
-            value = new_updates[path]
-            if isinstance(value, tuple):
-                view, dtype = plan.leaves[path].matrix, targets[path].dtype
-                value = LowRankUpdate(view, *value, decay=0.0, dtype=dtype)
+            value, dtype = new_updates[path], targets[path].dtype
+            if isinstance(value, Noise):
+                value = RandomUpdate(0.0, dtype, plan.leaves[path].shape, value)
+            elif isinstance(value, tuple):
+                value = LowRankUpdate(0.0, dtype, plan.leaves[path].matrix, *value)
             ordered.append(value)
         return jax.tree.unflatten(jax.tree.structure(tree), ordered), new_state
 
@@ -145,7 +147,10 @@ def _like_updates(
     """Arrays with the shardings of the updates: a parameter's, or replicated factors."""
     if not config.factored_updates:
         return targets
-    return targets | dict.fromkeys(plan.projected, (state.count, state.count))
+    like = targets | dict.fromkeys(plan.projected, (state.count, state.count))
+    if config.keeps_noise:
+        like |= dict.fromkeys(plan.others, Noise(state.count, state.count))
+    return like
 
 
 def _is_arrays(value: Any) -> bool:

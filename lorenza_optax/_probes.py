@@ -70,14 +70,36 @@ def slopes_along(
     def loss(move: Displacement, vanishes: bool = False) -> jax.Array:
         return near.value(move, vanishes=vanishes).astype(dtype)
 
+    count = jax.tree.leaves(probes)[0].shape[0]
+
+    def one_by_one(estimator: str) -> tuple[jax.Array, jax.Array]:
+        """Differences of losses in one loop: the loss is compiled once, and fills memory once."""
+        # From the index, so that no pass of XLA takes what is drawn out of the loop.
+        each = jnp.arange(count)
+        if estimator == "forward":  # the loss itself is that of the first
+            at, factors = jnp.append(0, each), jnp.append(0, jnp.ones(count))
+        else:
+            at, factors = jnp.repeat(each, 2), jnp.tile(jnp.array([1, -1]), count)
+
+        def value(one: tuple[jax.Array, jax.Array]) -> jax.Array:
+            probe = jax.tree.map(lambda leaf: leaf[one[0]], probes)
+            return loss(displacement(probe).scaled(one[1] * mu))
+
+        values = jax.lax.map(value, (at, factors))
+        if estimator == "forward":
+            return (values[1:] - values[0]) / mu, values[0]
+        return (values[::2] - values[1::2]) / (2 * mu), jnp.mean(values)
+
     def evaluate(estimator: str) -> tuple[jax.Array, jax.Array]:
+        if estimator != "jvp" and config.probe_batch_size == 1:
+            return one_by_one(estimator)
         base = loss(Displacement({}, {})) if estimator == "forward" else None
 
         def slope(probe: Any) -> Any:
             move = displacement(probe)
             if estimator == "jvp":
-                still = jax.tree.map(jnp.zeros_like, move)
-                value, d = jax.jvp(lambda at: loss(at, vanishes=True), (still,), (move,))
+                along = lambda step: loss(move.scaled(step), vanishes=True)  # noqa: E731
+                value, d = jax.jvp(along, (jnp.zeros((), dtype),), (jnp.ones((), dtype),))
                 return d, value
             above = loss(move.scaled(mu))
             if base is not None:
@@ -85,7 +107,6 @@ def slopes_along(
             below = loss(move.scaled(-mu))
             return (above - below) / (2 * mu), (above + below) / 2
 
-        count = jax.tree.leaves(probes)[0].shape[0]
         # Not all losses can be vmapped, and under vmap a cond of theirs runs both branches.
         if count == 1:
             d, value = slope(jax.tree.map(lambda leaf: leaf[0], probes))

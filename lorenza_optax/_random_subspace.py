@@ -119,17 +119,20 @@ def _drawn(
         if path in q and path in r:
             shapes[path, "k"] = (*view.batch, view.free, leaf.rank)
         dtypes |= dict.fromkeys([(path, "p"), (path, "k")], leaf.compute_dtype)
-    normal = normal_by_path(
+    factors = normal_by_path(
         key,
         {"/".join(name): shape for name, shape in shapes.items()},
         {"/".join(name): dtypes[name] for name in shapes},
+        kind.of_normal if kind.is_kept else None,
     )
+    if not kind.is_kept:
+        factors = {name: kind.of_normal(normal) for name, normal in factors.items()}
     new_q, new_r = {}, {}
     for path, leaf in plan.projected.items():
         view, dtype = leaf.matrix, config.factor_dtype or leaf.dtype
-        p = kind.of_normal(normal[f"{path}/p"])
+        p = factors[f"{path}/p"]
         both = (path, "k") in shapes
-        k = kind.of_normal(normal[f"{path}/k"]).mT if both else p[..., :1, :]
+        k = factors[f"{path}/k"].mT if both else p[..., :1, :]
         if not config.keeps_projectors:
             dtype = leaf.compute_dtype
         left, right = view.product(p.astype(dtype), k.astype(dtype))

@@ -13,6 +13,7 @@ from lorenza_optax._config import LowRankConfig
 from lorenza_optax._gradient import RESIDUAL, ROUNDING, SKETCH, step_key
 from lorenza_optax._inner import load_moments, store_moments
 from lorenza_optax._linalg import total
+from lorenza_optax._noise import Noise
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._refresh import is_due
 from lorenza_optax._renewal import NewSubspaces, carried, projectors_of, renewed
@@ -45,6 +46,7 @@ class Prepared(NamedTuple):
       captured_energy: See :class:`LowRankState`.
       overlap: Likewise, ``subspace_overlap``.
       displacement: Likewise.
+      noises: In place of ``others`` where their gradients are left as noise.
     """
 
     low: Arrays
@@ -56,6 +58,7 @@ class Prepared(NamedTuple):
     captured_energy: Any
     overlap: Any
     displacement: Any
+    noises: dict[str, Noise]
 
 
 def prepare(
@@ -116,7 +119,7 @@ def prepare(
         switched = {path: one | first for path, one in switched.items()}
         displacement = moved_on(switched, low, state)
     prepared = Prepared(
-        low, others, subspaces, moments, refreshed, usable, share, overlap, displacement
+        low, others, subspaces, moments, refreshed, usable, share, overlap, displacement, {}
     )
     return prepared, oriented
 
@@ -136,7 +139,7 @@ def prepare_low(
     old = (state.q, state.r, state.singular_values)
     no = jnp.zeros((), bool)
     shares = (state.captured_energy, state.subspace_overlap)
-    return Prepared(low, others, old, moments, no, usable, *shares, state.displacement)
+    return Prepared(low, others, old, moments, no, usable, *shares, state.displacement, {})
 
 
 def _carriable(config: LowRankConfig, state: LowRankState, initial: Any) -> Any:
@@ -212,6 +215,11 @@ def complete(
         )
     for path, target in targets.items():
         leaf = plan.leaves[path]
+        if path in prepared.noises:
+            assert config.zeroth_order is not None
+            keys, weights = prepared.noises[path].scaled(config.zeroth_order.others_factor or 0)
+            updates[path] = Noise(keys, jnp.where(usable, weights, 0))
+            continue
         if leaf.view is None:
             updates[path] = jnp.where(usable, inner_rest[path], 0).astype(target.dtype)
             continue

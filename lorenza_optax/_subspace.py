@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorenza_optax._linalg import exact_svds, matmul, orthonormal, randomized_svds
+from lorenza_optax._linalg import exact_svds, matmul, orthonormal, product, randomized_svds
 
 __all__ = [
     "POWER_ITERATION",
@@ -137,4 +137,4 @@ def project(projector: jax.Array, matrix: jax.Array) -> jax.Array:
 
 def lift(projector: jax.Array, low: jax.Array) -> jax.Array:
     """P N: ([b,] k, r), ([b,] r, l) -> ([b,] k, l)."""
-    return matmul(projector.astype(low.dtype), low)
+    return product(projector.astype(low.dtype), low)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lorenza_optax._linalg import matmul
+from lorenza_optax._linalg import FUSED_RANK, product
 from lorenza_optax._matrix_view import MatrixView
 from lorenza_optax._mesh import in_auto_mode
+from lorenza_optax._noise import Noise, plus_noise
 
-__all__ = ["LowRankUpdate", "apply_updates"]
+__all__ = ["LowRankUpdate", "RandomUpdate", "Unformed", "apply_updates"]
+
+SMALL = 2**16  # numbers of a matrix that is not worth a loop
 
 _ONLY = (
     "with factored_updates=True it can be scaled and added to its parameter only. A stage that"
@@ -22,7 +26,74 @@ _ONLY = (
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LowRankUpdate:
+class Unformed:
+    """An update decay · W + U that is no array: it may be scaled, and added to its parameter.
+
+    Attributes:
+      decay: Coefficient of the leaf itself.
+      dtype: The leaf's dtype.
+    """
+
+    decay: Any
+    dtype: Any
+
+    # Before jax.Array's own operators would be tried.
+    __array_priority__ = 200
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The leaf's."""
+        raise NotImplementedError
+
+    def _scaled(self, factor: jax.Array) -> dict[str, Any]:
+        """The fields of factor · U."""
+        raise NotImplementedError
+
+    def added_to(self, leaf: jax.Array) -> jax.Array:
+        """W + decay · W + U, in the leaf's dtype and a part at a time."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"A {type(self).__name__} has no {name!r}: {_ONLY}")
+
+    def __repr__(self) -> str:
+        # JAX's own messages show it.
+        return f"{type(self).__name__}(shape={self.shape}: {_ONLY})"
+
+    def _refuse(self, *_: Any) -> Any:
+        raise TypeError(f"Not for a {type(self).__name__}: {_ONLY}")
+
+    __add__ = __sub__ = __rsub__ = __pow__ = __abs__ = __array__ = _refuse
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __mul__(self, factor: Any) -> Any:
+        if jnp.ndim(factor) != 0:
+            return NotImplemented
+        # In float32, whatever the leaf's dtype.
+        factor = jnp.asarray(factor, jnp.promote_types(self.dtype, jnp.float32))
+        return dataclasses.replace(self, decay=self.decay * factor, **self._scaled(factor))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Any:
+        return self * (1 / divisor)
+
+    def __neg__(self) -> Any:
+        return self * -1
+
+    def with_decay(self, rate: Any) -> Any:
+        """Adds rate · W."""
+        return dataclasses.replace(self, decay=self.decay + rate)
+
+    def __radd__(self, leaf: jax.Array) -> jax.Array:
+        return self.added_to(leaf)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LowRankUpdate(Unformed):
     """An update decay · W + L R in place of an array: what ``factored_updates=True`` gives.
 
     It may be scaled, and :func:`apply_updates` adds it to its leaf; ``optax.apply_updates`` does
@@ -30,92 +101,91 @@ class LowRankUpdate:
     a stage of a chain that needs the numbers themselves raises.
 
     Attributes:
+      decay: Coefficient of the leaf itself.
+      dtype: The leaf's dtype.
       view: How the leaf is a matrix.
       left: L ([b,] m, r).
       right: R ([b,] r, n).
-      decay: Coefficient of the leaf itself.
-      dtype: The leaf's dtype.
     """
 
     view: MatrixView
     left: jax.Array
     right: jax.Array
-    decay: Any
-    dtype: Any
-
-    # Before jax.Array's own operators would be tried.
-    __array_priority__ = 200
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"A LowRankUpdate has no {name!r}: {_ONLY}")
-
-    def __repr__(self) -> str:
-        # JAX's own messages show it.
-        return f"LowRankUpdate(shape={self.shape}: {_ONLY})"
-
-    def _refuse(self, *_: Any) -> Any:
-        raise TypeError(f"Not for a LowRankUpdate: {_ONLY}")
-
-    __add__ = __sub__ = __rsub__ = __pow__ = __abs__ = __array__ = _refuse
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.view.shape
 
-    @property
-    def ndim(self) -> int:
-        return len(self.view.shape)
-
-    def __mul__(self, factor: Any) -> LowRankUpdate:
-        if jnp.ndim(factor) != 0:
-            return NotImplemented
-        # The shorter factor is scaled; in float32, whatever the leaf's dtype.
-        factor = jnp.asarray(factor, self.left.dtype)
+    def _scaled(self, factor: jax.Array) -> dict[str, Any]:
+        # The shorter factor is scaled.
         left, right = self.left, self.right
         if left.size < right.size:
-            left = left * factor
-        else:
-            right = right * factor
-        return dataclasses.replace(self, left=left, right=right, decay=self.decay * factor)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: Any) -> LowRankUpdate:
-        return self * (1 / divisor)
-
-    def __neg__(self) -> LowRankUpdate:
-        return self * -1
-
-    def with_decay(self, rate: Any) -> LowRankUpdate:
-        """Adds rate · W."""
-        return dataclasses.replace(self, decay=self.decay + rate)
+            return {"left": left * factor.astype(left.dtype)}
+        return {"right": right * factor.astype(right.dtype)}
 
     def added_to(self, leaf: jax.Array) -> jax.Array:
-        """W + decay · W + L R, a matrix of a stack at a time, in the leaf's dtype."""
         return in_auto_mode(self._add, leaf, self.left, self.right, self.decay, like=leaf)
-
-    __radd__ = added_to
 
     def _add(self, leaf: jax.Array, left: jax.Array, right: jax.Array, decay: Any) -> jax.Array:
         wide = left.dtype
 
         def moved(matrix: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
             kept = matrix.astype(wide) * (1 + jnp.asarray(decay, wide))
-            return (kept + matmul(left, right)).astype(matrix.dtype)
+            return (kept + product(left, right)).astype(matrix.dtype)
 
         view = self.view
         ordered = (*view.batch_axes, *view.row_axes, *view.column_axes)
-        if not view.batch or ordered != tuple(range(len(view.shape))):
-            # Layers do not lie one after the other: no slice can be updated in place.
+        in_order = ordered == tuple(range(len(view.shape))) and view.granularity == 1
+        small = not view.batch and view.m * view.n < SMALL
+        if left.shape[-1] <= FUSED_RANK or small or not in_order:
+            # Formed where it is added; or where matrices do not lie one after the other: no slice
+            # can be updated in place.
             return view.leaf(moved(view.matrix(leaf), left, right))
+        # XLA makes all the products L R of a program first, and then the sums: a copy of all
+        # weights. What a loop makes has an end. A stack is taken matrix by matrix; of a single one
+        # every eighth row, because rows that lie together may all be on one device of a mesh.
+        axis, stack = 0, (*view.batch, view.m, view.n)
+        if not view.batch:
+            blocks = math.gcd(view.m, 8)
+            axis, stack = 1, (view.m // blocks, blocks, view.n)
+            left = left.reshape(*stack[:2], -1)
 
-        def layer(index: jax.Array, stack: jax.Array) -> jax.Array:
-            take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
-            new = moved(take(stack), take(left), take(right))
-            return jax.lax.dynamic_update_index_in_dim(stack, new, index, 0)
+        def part(index: jax.Array, stack: jax.Array) -> jax.Array:
+            def take(x: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
 
-        stack = leaf.reshape(*view.batch, view.m, view.n)
-        return jax.lax.fori_loop(0, view.batch[0], layer, stack).reshape(view.shape)
+            new = moved(take(stack), take(left), take(right) if view.batch else right)
+            return jax.lax.dynamic_update_index_in_dim(stack, new, index, axis)
+
+        whole = jax.lax.fori_loop(0, stack[axis], part, leaf.reshape(stack))
+        return whole.reshape(view.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class RandomUpdate(Unformed):
+    """An update decay · W + Σ_j w_j z(key_j), drawn where it is added: as :class:`LowRankUpdate`.
+
+    What zeroth-order methods give with ``factored_updates=True`` for leaves that move in full.
+
+    Attributes:
+      decay: Coefficient of the leaf itself.
+      dtype: The leaf's dtype.
+      leaf_shape: The leaf's shape.
+      noise: Keys and weights w_j.
+    """
+
+    leaf_shape: tuple[int, ...]
+    noise: Noise
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.leaf_shape
+
+    def _scaled(self, factor: jax.Array) -> dict[str, Any]:
+        return {"noise": self.noise.scaled(factor)}
+
+    def added_to(self, leaf: jax.Array) -> jax.Array:
+        return plus_noise(leaf, self.noise, self.decay)
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
@@ -151,7 +221,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
     def add(param: Any, update: Any) -> Any:
         if param is None:
             return None
-        if isinstance(update, LowRankUpdate):
+        if isinstance(update, Unformed):
             return update.added_to(param)
         return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
 

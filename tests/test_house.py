@@ -17,6 +17,7 @@ PACKAGE = ROOT / "lorenza_optax"
 LAYERS = [
     "_checks",
     "_mesh",
+    "_noise",
     "_linalg",
     "_newton_schulz",
     "_matrix_view",
@@ -53,8 +54,8 @@ LAYERS = [
     "_step",
     "_surroundings",
     "_in_update",
-    "_zeroth_order",
     "_update",
+    "_zeroth_order",
     "_low_rank",
     "_arguments",
     "_compose",
@@ -85,7 +86,7 @@ LAYERS = [
 
 
 # Files of methods/ that build on others of methods/.
-METHODS_THAT_USE = {}
+METHODS_THAT_USE = {"_lozo_m": ["_lozo"]}
 
 
 def _imports(path):
