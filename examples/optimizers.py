@@ -65,13 +65,17 @@ def adamw(learning_rate, settings):
     return optax.adamw(learning_rate, weight_decay=WEIGHT_DECAY)
 
 
+def _projected(params, rank, numbers):
+    """A tree with the numbers where LORENZA projects, and None elsewhere."""
+    plan = lorenza_optax.projection_plan(params, rank)
+    leaves = [numbers if path in plan.projected else None for path in plan.leaves]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
 def optax_galore(learning_rate, settings):
     def same_matrices(params):
         """Those that LORENZA projects; of itself galore projects the embedding too."""
-        plan = lorenza_optax.projection_plan(params, settings.rank)
-        numbers = optax.contrib.GaLoreDimensionNumbers()
-        leaves = [numbers if path in plan.projected else None for path in plan.leaves]
-        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+        return _projected(params, settings.rank, optax.contrib.GaLoreDimensionNumbers())
 
     return optax.contrib.galore(
         learning_rate,
@@ -95,7 +99,15 @@ def optax_sam(learning_rate, settings):
 def call_with_value_fn(tx, loss, params, opt_state, batch):
     """The transformation takes the gradient itself, at the point it perturbs to."""
     updates, opt_state = tx.update(None, opt_state, params, value_fn=loss, batch=batch)
-    return optax.tree.get(opt_state, "value"), updates, opt_state
+    # Moments have the parameters' names, and attention has a `value` too: only scalars. OwLore has
+    # two states, with the same value in both.
+    (_, value), *_ = optax.tree.get_all_with_path(opt_state, "value", filtering=_is_scalar)
+    return value, updates, opt_state
+
+
+def _is_scalar(path, value):
+    del path
+    return getattr(value, "shape", None) == ()
 
 
 def call_with_gradient(tx, loss, params, opt_state, batch):
@@ -158,8 +170,17 @@ def behind(stage, pretraining, fine_tuning):
 
 def cut(settings):
     """VLoRP's c and r for a budget of `rank` numbers a row."""
+
+    def same_matrices(params):
+        """Those that LORENZA projects: a head of two columns cannot be cut to pieces."""
+        return _projected(params, settings.rank, lorenza_optax.WeightDimensionNumbers())
+
     granularity = math.gcd(settings.rank, 16)
-    return {"granularity": granularity, "rank": settings.rank // granularity}
+    return {
+        "granularity": granularity,
+        "rank": settings.rank // granularity,
+        "weight_dimension_numbers": same_matrices,
+    }
 
 
 def quick_lotus(settings):

@@ -1,0 +1,126 @@
+"""The methods that fine-tuning compares, each with the six trials of its tuning."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import lorenza_optax
+import optimizers
+from lorenza_optax import methods
+
+# GaLore's own for fine-tuning at rank 8, and the same for all that share its update, so that they
+# differ in nothing but what they add to it. (The matrices' step relative to the other leaves'.)
+SCALE = 2.0
+
+# The design of the tuning: six trials for every method. Without a radius, six learning rates, a
+# factor of 2 apart. With one, every other of the same six at two radii: the learning rate decides
+# most and must cover the same range, and beside its neighbour at a factor of 2 a run lies within
+# the noise of a small held-out part. The middles are by a few pilots of AdamW and GaLore on parts
+# of STS-B's and SST-2's train sets (GaLore on STS-B: Pearson's 0.56 at 1e-4, 0.72 at 3.5e-4, 0.50
+# at 1.4e-3), and by guess for the rest; RESULTS.md marks choices at the edge of a grid.
+TRIALS = 6
+FACTOR = 2.0
+# SAM's ascent is fully felt at 0.01 to 0.05 (0.1 is past its best on a short MRPC run). A probe of
+# one random direction is nearly blind, finds about 1 % of that ascent, and stands a longer step.
+SEEING = (0.01, 0.05)
+BLIND = (0.03, 0.1)
+
+
+class Method(NamedTuple):
+    """How a method trains, and where it is tuned.
+
+    `split(params, rank, seed)` gives (what is trained, what is frozen) and `join` the params of
+    both; `build(learning_rate, settings)` and `call` are as in optimizers.Entry. `passes` is what
+    a step costs in forward passes, for estimates of time.
+    """
+
+    build: Callable
+    middle: float  # the geometric middle of the learning rates
+    radii: tuple[float, ...] = ()
+    passes: float = 3.0
+    call: Callable = optimizers.call_with_value_fn
+    split: Callable = lambda params, rank, seed: (params, ())
+    join: Callable = lambda trained, frozen: trained
+
+    def trials(self):
+        """(learning rate, radius or None) of each trial."""
+        lowest = self.middle * FACTOR ** (-(TRIALS - 1) / 2)
+        rates = [float(f"{lowest * FACTOR**i:.3g}") for i in range(TRIALS)]
+        if not self.radii:
+            return [(rate, None) for rate in rates]
+        return list(itertools.product(rates[1::2], self.radii))
+
+
+def lora_split(params, rank, seed):
+    """Adapters of the matrices that LORENZA projects, and the head; the encoder is frozen."""
+    plan = lorenza_optax.projection_plan(params, rank)
+    shapes = {path: leaf.shape for path, leaf in _by_path(params).items() if path in plan.projected}
+    adapters = {}
+    for index, (path, (rows, columns)) in enumerate(sorted(shapes.items())):
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        a_RxK = jax.random.normal(key, (rows, rank)) / math.sqrt(rows)
+        adapters[path] = {"A": a_RxK, "B": jax.numpy.zeros((rank, columns))}
+    frozen = dict(params)
+    head = frozen.pop("head")
+    return {"adapters": adapters, "head": head}, frozen
+
+
+def lora_join(trained, frozen):
+    """W + 2 A B: the factor is the usual alpha / rank, 16 / 8.
+
+    The product is formed, which costs a copy of the weights and changes no result.
+    """
+
+    def adapted(path, leaf):
+        pair = trained["adapters"].get(jax.tree_util.keystr(path, simple=True, separator="/"))
+        return leaf if pair is None else leaf + 2.0 * pair["A"] @ pair["B"]
+
+    encoder = jax.tree_util.tree_map_with_path(adapted, frozen)
+    return {**encoder, "head": trained["head"]}
+
+
+def _by_path(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+
+
+def _of(factory, **arguments) -> Callable[[Any, Any], optax.GradientTransformation]:
+    """At the run's rank, T and radius, with GaLore's scale."""
+
+    def more(settings):
+        return {"scale": SCALE, "rho": settings.rho, **arguments}
+
+    return optimizers.of_family(factory, 0.0, 0.0, more).build
+
+
+def _known(name):
+    return optimizers.OPTIMIZERS[name].build
+
+
+METHODS = {
+    "adamw": Method(_known("adamw"), 1.8e-4, call=optimizers.call_with_gradient),
+    "galore": Method(_of(methods.galore), 3.5e-4),
+    "sam": Method(_known("sam"), 1.8e-4, SEEING, passes=6),
+    "lorenza_zo": Method(_of(lorenza_optax.lorenza, ascent="zo"), 3.5e-4, BLIND, passes=5),
+    "lorenza_subspace": Method(
+        _of(lorenza_optax.lorenza, ascent="subspace"), 3.5e-4, SEEING, passes=5
+    ),
+    "lora": Method(
+        _known("adamw"),
+        1.5e-3,
+        call=optimizers.call_with_gradient,
+        split=lora_split,
+        join=lora_join,
+    ),
+    "fira": Method(_of(methods.fira), 2.5e-4),
+    "vlorp": Method(_known("vlorp"), 1.8e-4),
+    "adazo_sam": Method(_known("adazo_sam"), 1.8e-4, BLIND, passes=5),
+    "lorenza_plus": Method(_of(lorenza_optax.lorenza_plus), 2.5e-4, BLIND, passes=5),
+}
+# What is complete first.
+FIRST = ("adamw", "galore", "sam", "lorenza_zo", "lorenza_subspace")
+REST = tuple(name for name in METHODS if name not in FIRST)

@@ -1,0 +1,350 @@
+"""Experiments resume, wait for what they need, and are reported from what is stored."""
+
+import json
+import re
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from tests import checkpoints
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+from benchmarks import (  # noqa: E402
+    bootstrap,
+    experiments,
+    finetuning,
+    finetuning_methods,
+    finetuning_report,
+    report,
+    run,
+)
+
+# The runner, on an experiment that adds.
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Two trials, their best squared, and one cell that needs nothing; `ran` says what ran."""
+    ran = []
+    trials = [{"id": f"trial{i}", "value": i, "group": "trial", "work": 1} for i in (3, 5)]
+    squared = {"id": "squared", "needs": ["trial3", "trial5"], "group": "final", "work": 4}
+    other = {"id": "other", "value": 1, "seed": 7}
+
+    def run_cell(cell, display, needed):
+        ran.append(cell["id"])
+        display.step(1, 1)
+        if toy.fails == cell["id"]:
+            raise toy.error
+        return max(needed.values()) ** 2 if needed else cell["value"]
+
+    def write_report(size, cells, records, folder):
+        text = [f"{name}: {record['result']}" for name, record in records.items()]
+        return experiments.Section([f"{len(records)} found"], text)
+
+    toy = types.ModuleType("toy_experiment")
+    toy.cells = lambda size: [*trials, squared, other] if size == "cpu" else []
+    toy.run, toy.report, toy.ran, toy.trials, toy.fails = run_cell, write_report, ran, trials, None
+    monkeypatch.setitem(sys.modules, "toy_experiment", toy)
+    monkeypatch.setattr(experiments, "MODULES", {"toy": "toy_experiment"})
+    return toy
+
+
+def result(folder, name):
+    return json.loads((folder / "toy" / f"{name}.json").read_text())
+
+
+def test_finished_cells_are_kept_and_never_run_again(toy, tmp_path):
+    assert run.main(["toy", "--out", tmp_path]) == 0
+    assert toy.ran == ["trial3", "trial5", "squared", "other"]
+    stored = result(tmp_path, "squared")
+    assert stored["result"] == 25
+    assert stored["cell"] == toy.cells("cpu")[2]
+    assert stored["versions"]["jax"] == jax.__version__
+    assert {"machine", "commit", "dirty", "seconds"} <= set(stored)
+    assert result(tmp_path, "other")["seed"] == 7
+    assert run.main(["toy", "--out", tmp_path]) == 0
+    assert len(toy.ran) == 4
+    (tmp_path / "toy" / "other.json").unlink()
+    assert run.main(["toy", "--out", tmp_path]) == 0
+    assert toy.ran[4:] == ["other"]
+    assert run.main(["toy", "--out", tmp_path, "--only", "trial?", "--again"]) == 0
+    assert toy.ran[5:] == ["trial3", "trial5"]
+
+
+def test_interrupted_run_says_how_to_go_on(toy, tmp_path, capsys):
+    toy.fails, toy.error = "trial5", KeyboardInterrupt()
+    assert run.main(["toy", "--out", tmp_path]) == 130
+    assert f"python -m benchmarks.run toy --out {tmp_path}" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "toy").iterdir()] == ["trial3.json"]
+    toy.fails = None
+    assert run.main(["toy", "--out", tmp_path]) == 0
+    assert toy.ran == ["trial3", "trial5", "trial5", "squared", "other"]
+
+
+def test_a_cell_that_fails_holds_up_only_those_that_need_it(toy, tmp_path, capsys):
+    toy.fails, toy.error = "trial3", RuntimeError("no luck")
+    assert run.main(["toy", "--out", tmp_path]) == 1
+    assert toy.ran == ["trial3", "trial5", "other"]
+    printed = capsys.readouterr().out
+    assert "no luck" in printed
+    assert "squared: not run, for want of trial3" in printed
+
+
+def test_only_brings_along_what_is_needed(toy, tmp_path):
+    assert run.main(["toy", "--out", tmp_path, "--only", "square"]) == 0
+    assert toy.ran == ["trial3", "trial5", "squared"]
+    with pytest.raises(SystemExit, match="no cell's id matches"):
+        run.main(["toy", "--out", tmp_path, "--only", "cube"])
+
+
+def test_other_settings_make_stored_cells_stale(toy, tmp_path):
+    assert run.main(["toy", "--out", tmp_path]) == 0
+    toy.trials[0]["value"] = 4
+    with pytest.raises(SystemExit, match="1 stored cells .* trial3"):
+        run.main(["toy", "--out", tmp_path])
+    assert "1 were made with other settings" in report.build(tmp_path)
+    assert run.main(["toy", "--out", tmp_path, "--only", "trial3", "--again"]) == 0
+    assert result(tmp_path, "trial3")["result"] == 4
+
+
+def test_list_and_limit_estimate_from_finished_cells(toy, tmp_path, capsys):
+    assert run.main(["toy", "--out", tmp_path, "--only", "trial3"]) == 0
+    path = tmp_path / "toy" / "trial3.json"
+    path.write_text(re.sub(r'"seconds": [\d.]+', '"seconds": 30', path.read_text()))
+    # 30 s for the other trial, four times as much for what has four times the work, 30 s more.
+    cells = toy.cells("cpu")
+    expected = experiments.estimates(cells, experiments.read(tmp_path / "toy", cells)[0])
+    assert expected == {"trial3": 30, "trial5": 30, "squared": 120, "other": 30}
+    capsys.readouterr()
+    assert run.main(["toy", "--out", tmp_path, "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 4 cells are done" in printed
+    assert "Time left: 3 min" in printed
+    assert run.main(["toy", "--out", tmp_path, "--limit", "0.4"]) == 0
+    assert toy.ran == ["trial3"]
+    assert "3 cells are left" in capsys.readouterr().out
+    assert run.main(["toy", "--out", tmp_path, "--limit", "2"]) == 0
+    assert toy.ran == ["trial3", "trial5", "squared", "other"]  # faster than they were said to be
+
+
+def test_cells_must_be_named_and_ordered():
+    with pytest.raises(ValueError, match="needs b, not before it"):
+        experiments.checked([{"id": "a", "needs": ["b"]}, {"id": "b"}])
+    for cells in ([{"id": "a"}, {"id": "a"}], [{"id": "a/b"}]):
+        with pytest.raises(ValueError, match="is not a file name, or is there twice"):
+            experiments.checked(cells)
+
+
+def test_report_is_made_of_stored_cells(toy, tmp_path):
+    assert "Nothing is finished yet" in report.build(tmp_path)
+    assert run.main(["toy", "--out", tmp_path, "--only", "trial"]) == 0
+    report.main(["--out", str(tmp_path)])
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "- 2 found" in text
+    assert "trial5: 5" in text
+    assert "2 of the 4 cells of the cpu size are finished. **2 are missing**" in text
+    assert f"jax {jax.__version__}" in text
+
+
+# The bootstrap.
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "matthews", "pearson"])
+def test_bootstrap_against_direct_computation(metric):
+    rng = np.random.default_rng(0)
+    labels_N = rng.integers(0, 2, 12).astype(float)
+    first_SxN, second_SxN = rng.integers(0, 2, (2, 3, 12)).astype(float)
+    if metric == "pearson":
+        labels_N, first_SxN = labels_N + rng.normal(size=12), rng.normal(size=(3, 12)) + labels_N
+    estimate, samples_R = bootstrap.replicates(metric, labels_N, first_SxN, second_SxN, 5, 50)
+
+    def score(labels, predictions):
+        return finetuning.glue.METRICS[metric](labels, predictions)
+
+    def difference(seeds, examples):
+        return np.mean([
+            score(labels_N[examples], first_SxN[s, examples])
+            - score(labels_N[examples], second_SxN[s, examples])
+            for s in seeds
+        ])  # fmt: skip
+
+    assert estimate == pytest.approx(difference(range(3), range(12)))
+    # The same draws, written out as lists of examples and of seeds.
+    rng = np.random.default_rng(5)
+    of_examples = rng.multinomial(12, np.full(12, 1 / 12), 50)
+    of_seeds = rng.multinomial(3, np.full(3, 1 / 3), 50)
+    expected = [
+        difference(np.repeat(np.arange(3), s), np.repeat(np.arange(12), e))
+        for s, e in zip(of_seeds, of_examples, strict=True)
+    ]
+    np.testing.assert_allclose(samples_R, expected, atol=1e-12)
+
+
+def test_intervals_have_the_width_that_theory_gives():
+    rng = np.random.default_rng(0)
+    labels = np.zeros(400)
+    first, second = (rng.random((1, 400)) < share for share in (0.2, 0.3))
+    estimate, samples = bootstrap.replicates("accuracy", labels, first, second, 0)
+    found = bootstrap.interval(estimate, samples)
+    paired = (first == 0).astype(float) - (second == 0)
+    width = 2 * 1.96 * paired.std() / 20
+    assert found.high - found.low == pytest.approx(width, rel=0.1)
+    both = bootstrap.mean_over_tasks([(estimate, samples), (estimate, rng.permutation(samples))])
+    halved = bootstrap.interval(*both)
+    assert halved.estimate == pytest.approx(estimate)
+    assert halved.high - halved.low == pytest.approx(width / 2**0.5, rel=0.1)
+    same = bootstrap.interval(*bootstrap.replicates("accuracy", labels, first, first, 0))
+    assert same == (0, 0, 0)
+
+
+# Fine-tuning.
+
+NANO = finetuning.Size((20,), 2, {"sst2": 8, "stsb": 8}, {20: 2})
+
+
+@pytest.fixture
+def nano(tmp_path, monkeypatch):
+    """A nano BERT on a word that decides; the folder of results."""
+    (tmp_path / "bert").mkdir()
+    monkeypatch.setattr(finetuning, "CHECKPOINT", checkpoints.write_bert(tmp_path / "bert"))
+    monkeypatch.setattr(finetuning, "PLANS", {"cpu": NANO, "full": NANO._replace(max_len={})})
+    small = {"batch_size": 4, "rank": 4, "update_proj_gap": 3}
+    monkeypatch.setattr(finetuning, "SHARED", small)
+    rng = np.random.default_rng(0)
+    for name in ("SST-2", "STS-B"):
+        (tmp_path / name).mkdir()
+    for part, count in (("train", 40), ("dev", 30)):
+        rows = [
+            (x, ["cat", "dog"][x], rng.choice(["sat", "ran"])) for x in rng.integers(0, 2, count)
+        ]
+        lines = [f"{x}\ta {animal} {verb}" for x, animal, verb in rows]
+        (tmp_path / "SST-2" / f"{part}.tsv").write_text("\n".join(["label\tsentence", *lines]))
+        lines = [f"x\tx\tx\tx\t{1 + 3 * x}\ta {animal}\ta cat {verb}" for x, animal, verb in rows]
+        (tmp_path / "STS-B" / f"sts-{part}.csv").write_text("\n".join(lines))
+    monkeypatch.setenv(experiments.DATA_DIR, str(tmp_path))
+    finetuning._dataset.cache_clear()
+    return tmp_path / "out"
+
+
+def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
+    kept = {name: finetuning_methods.METHODS[name] for name in ("adamw", "lora")}
+    monkeypatch.setattr(finetuning, "FIRST", ("adamw",))
+    monkeypatch.setattr(finetuning, "REST", ("lora",))
+    monkeypatch.setattr(
+        finetuning, "METHODS", {name: m._replace(middle=2e-2) for name, m in kept.items()}
+    )
+    only = ["--only", "sst2-*", "stsb-adamw"]
+    assert run.main(["finetuning", "--out", nano, *only]) == 0
+    cells = finetuning.cells("cpu")
+    assert len(cells) == 2 * 2 * (6 + 2)
+    records, _ = experiments.read(nano / "finetuning", cells)
+    assert len(records) == 3 * (6 + 2)
+
+    # The final runs use the best trial, on all the examples; trials hold some out.
+    trials = [records[f"cpu-20-sst2-adamw-tune{i}"]["result"] for i in range(6)]
+    chosen = max(trials, key=lambda r: (r["metrics"]["accuracy"], -r["loss"]))
+    final = records["cpu-20-sst2-adamw-seed1"]["result"]
+    assert final["learning_rate"] == chosen["learning_rate"]
+    assert (chosen["steps"], final["steps"]) == (8, 10)
+    agreement = [a == b for a, b in zip(final["labels"], final["predictions"], strict=True)]
+    assert np.mean(agreement) == pytest.approx(final["metrics"]["accuracy"])
+    scores = records["cpu-20-stsb-adamw-seed1"]["result"]
+    found = np.corrcoef(scores["labels"], scores["predictions"])[0, 1]
+    assert found == pytest.approx(scores["metrics"]["pearson"], abs=1e-5)
+    lora = records["cpu-20-sst2-lora-seed0"]["result"]
+    assert lora["trained_parameters"] < final["trained_parameters"]
+
+    text = report.build(nano, ["finetuning"])
+    assert "24 of the 32 cells of the cpu size are finished. **8 are missing**" in text
+    mean = 50 * sum(records[f"cpu-20-sst2-lora-seed{i}"]["result"]["metrics"]["accuracy"]
+                    for i in (0, 1))  # fmt: skip
+    assert re.search(rf"\| LoRA \| {mean:.1f} ± [\d.]+ \| - \| - \|", text), text
+    assert "Points above AdamW" in text
+    assert "Nothing to compare with SAM yet." in text
+    assert (nano / "finetuning" / "differences-cpu-20.png").stat().st_size > 1000
+
+
+def test_report_of_all_tasks_has_averages_and_findings(tmp_path):
+    rng = np.random.default_rng(0)
+    monkey = {"sst2": 0, "stsb": 1}
+    cells, records = [], {}
+    for task in monkey:
+        for method, noise in (("galore", 0.5), ("lorenza_zo", 0.3)):
+            for seed in range(2):
+                labels = np.random.default_rng(monkey[task]).integers(0, 2, 40)
+                predictions = np.where(rng.random(40) < noise, 1 - labels, labels)
+                if task == "stsb":
+                    labels, predictions = labels.astype(float), predictions + rng.normal(size=40)
+                name = f"{task}-{method}-{seed}"
+                cells.append({"id": name, "kind": "final", "task": task, "method": method,
+                              "examples": 9})  # fmt: skip
+                metrics = finetuning.glue.TASKS[task].metrics
+                records[name] = {"result": {
+                    "labels": finetuning.stored(labels),
+                    "predictions": finetuning.stored(predictions),
+                    "metrics": {m: finetuning.glue.METRICS[m](labels, predictions)
+                                for m in metrics},
+                    "learning_rate": 1e-3, "rho": 0.05, "seconds_per_step": 0.1,
+                    "trained_parameters": 10, "optimizer_state_bytes": 20,
+                }}  # fmt: skip
+    found = finetuning_report.report("cpu", cells, records, tmp_path)
+    [finding] = found.findings
+    difference = np.mean([
+        100 * (records[f"{t}-lorenza_zo-{s}"]["result"]["metrics"][m]
+               - records[f"{t}-galore-{s}"]["result"]["metrics"][m])
+        for t, m in (("sst2", "accuracy"), ("stsb", "pearson")) for s in (0, 1)
+    ])  # fmt: skip
+    assert f"above GaLore {difference:+.1f} (" in finding
+    assert f"{difference:+.1f} (" in "\n".join(found.body)
+
+
+def test_every_method_has_the_same_budget():
+    for name, method in finetuning_methods.METHODS.items():
+        trials = method.trials()
+        assert len(set(trials)) == finetuning_methods.TRIALS, name
+        assert all(0.003 <= rho <= 0.1 for _, rho in trials if rho is not None)
+    assert finetuning_methods.METHODS["adamw"].trials()[0][0] == pytest.approx(3.18e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lorenza_subspace", *(pytest.param(n, marks=pytest.mark.slow)
+                           for n in finetuning_methods.METHODS if n != "lorenza_subspace")],
+)  # fmt: skip
+def test_learning_rate_radius_and_seed_reach_the_compiled_step(nano, name):
+    cell = next(c for c in finetuning.cells("cpu") if f"sst2-{name}-tune0" in c["id"])
+    rho = cell["rho"]
+
+    class Silent:
+        def step(self, *told):
+            pass
+
+    def losses(**changes):
+        return finetuning.run({**cell, **changes}, Silent(), {})["loss"]
+
+    first = losses(learning_rate=1e-2)
+    assert losses(learning_rate=1e-2) == first
+    assert losses(learning_rate=2e-2) != first
+    assert losses(learning_rate=1e-2, seed=1) != first
+    if rho is not None:
+        assert losses(learning_rate=1e-2, rho=10 * rho) != first
+    assert np.isfinite(first)
+
+
+def test_lora_starts_at_the_checkpoint_and_trains_adapters_and_head(nano):
+    config, files = finetuning._checkpoint(finetuning.CHECKPOINT, "sst2")
+    params = finetuning.bert.read_parameters(files, config, 0)
+    trained, frozen = finetuning_methods.lora_split(params, 4, seed=0)
+    joined = finetuning_methods.lora_join(trained, frozen)
+    jax.tree.map(np.testing.assert_array_equal, joined, params)
+    plan = finetuning_methods.lorenza_optax.projection_plan(params, 4)
+    assert set(trained["adapters"]) == set(plan.projected)
+    path, pair = next(iter(trained["adapters"].items()))
+    pair["B"] = pair["B"] + 1.0
+    moved = finetuning_methods._by_path(finetuning_methods.lora_join(trained, frozen))[path]
+    before = finetuning_methods._by_path(params)[path]
+    np.testing.assert_allclose(moved - before, 2 * pair["A"] @ pair["B"], atol=1e-5)
