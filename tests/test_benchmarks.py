@@ -12,7 +12,7 @@ BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["step_cost", "refresh"])
+@pytest.mark.parametrize("name", ["step_cost", "refresh", "zeroth_order_memory"])
 def test_quick_run_passes_its_checks_and_stores_its_numbers(name, tmp_path):
     environment = {**os.environ, "XLA_FLAGS": ""}  # not the tests' own
     done = subprocess.run(
@@ -23,4 +23,5 @@ def test_quick_run_passes_its_checks_and_stores_its_numbers(name, tmp_path):
     stored = json.loads((tmp_path / f"{name}.json").read_text())
     assert stored["bars"]
     assert stored["versions"]["jax"]
-    assert (tmp_path / f"{name}.png").stat().st_size > 0
+    if name != "zeroth_order_memory":
+        assert (tmp_path / f"{name}.png").stat().st_size > 0
