@@ -197,25 +197,25 @@ OPTIMIZERS = {
     "optax_sam": Entry(optax_sam, call_with_grad_fn, True, 3e-3, 1e-4),
     "sam": behind(lambda s: methods.sam(s.rho), 3e-3, 1e-4),
     "asam": behind(lambda s: methods.asam(10 * s.rho), 3e-3, 1e-4),
-    "galore": of_family(methods.galore, 5e-2, 1e-3),
+    "galore": of_family(methods.galore, 1.7e-2, 1e-3),
     "fira": of_family(methods.fira, 2e-2, 1e-3),
     "apollo": of_family(methods.apollo, 1e-2, 1e-4),
-    "vlorp": of_family(methods.vlorp, 5e-3, 1e-4, cut),
+    "vlorp": of_family(methods.vlorp, 1.5e-2, 1e-4, cut),
     "projfactor": of_family(methods.projfactor, 1e-2, 2e-4),
     "flora": of_family(methods.flora, 3e-2, 3e-3),
-    "lotus": of_family(methods.lotus, 5e-2, 1e-3, quick_lotus),
+    "lotus": of_family(methods.lotus, 1.7e-2, 1e-3, quick_lotus),
     "gradnormlorp": of_family(methods.gradnormlorp, 2e-2, 1e-3),
-    "gum": of_family(methods.gum, 2e-2, 1e-3),
+    "gum": of_family(methods.gum, 6e-2, 1e-3),
     "cosmos": of_family(methods.cosmos, 2e-2, 1e-3),
     # It has two low-rank states, each with a value.
     "owlore": of_family(
         methods.owlore, 1e-2, 3e-4, lambda s: {"num_layers": 2, "sampling_interval": 20}
     )._replace(call=call_with_gradient),
-    "mezo": of_family(methods.mezo, 3e-5, 1e-6),
-    "lozo": of_family(methods.lozo, 1e-4, 1e-6, lambda s: {"rank": 2}),
-    "lozo_m": of_family(methods.lozo_m, 1e-4, 1e-6, lambda s: {"rank": 2}),
-    "subzero": of_family(methods.subzero, 3e-5, 1e-6, lambda s: {"rank": min(s.rank, 24)}),
-    "zo_muon": of_family(methods.zo_muon, 1e-2, 1e-3, lambda s: {"others_scale": 1e-2}),
+    "mezo": of_family(methods.mezo, 2.7e-4, 1e-6),
+    "lozo": of_family(methods.lozo, 3e-4, 1e-6, lambda s: {"rank": 2}),
+    "lozo_m": of_family(methods.lozo_m, 9e-4, 1e-6, lambda s: {"rank": 2}),
+    "subzero": of_family(methods.subzero, 8e-4, 1e-6, lambda s: {"rank": min(s.rank, 24)}),
+    "zo_muon": of_family(methods.zo_muon, 0.8, 1e-3, lambda s: {"others_scale": 1e-2}),
 }
 
 
