@@ -258,6 +258,7 @@ def test_a_step_that_is_not_perturbed_makes_one_evaluation():
     assert counts == [1, 3, 1]
 
 
+@pytest.mark.slow
 def test_mu_may_be_scheduled():
     _, params, target, state = _setup()
     schedule = optax.linear_schedule(1.0, 0.5, 5)

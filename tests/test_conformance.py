@@ -123,7 +123,9 @@ def test_scan_over_steps_and_donation(method):
     chex.assert_trees_all_close(donated, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", _methods(slow=("lorenza_plus", "adazo_sam", "sam")))
+@pytest.mark.parametrize(
+    "method", _methods(slow=("lorenza_plus", "adazo_sam", "sam", "lorenza-rotate-bf16"))
+)
 def test_vmap_over_models(method):
     tx, (params, target) = METHODS[method](), _problem()
     stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)

@@ -230,6 +230,7 @@ def nano(tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
     kept = {name: finetuning_methods.METHODS[name] for name in ("adamw", "lora")}
     monkeypatch.setattr(finetuning, "FIRST", ("adamw",))
@@ -310,11 +311,8 @@ def test_every_method_has_the_same_budget():
     assert finetuning_methods.METHODS["adamw"].trials()[0][0] == pytest.approx(3.18e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["lorenza_subspace", *(pytest.param(n, marks=pytest.mark.slow)
-                           for n in finetuning_methods.METHODS if n != "lorenza_subspace")],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("name", finetuning_methods.METHODS)
 def test_learning_rate_radius_and_seed_reach_the_compiled_step(nano, name):
     cell = next(c for c in finetuning.cells("cpu") if f"sst2-{name}-tune0" in c["id"])
     rho = cell["rho"]

@@ -325,6 +325,7 @@ def test_stable_types_and_one_trace(dtype):
     assert all(leaf.size for leaf in jax.tree.leaves(state)), "Orbax refuses empty arrays"
 
 
+@pytest.mark.slow
 def test_scan_vmap_and_donation():
     tx, (params, target) = _lorenza(), _problem()
     step = _step(tx, target)
@@ -494,6 +495,7 @@ def _training_curve(moment_dtype, steps=80, context=8, width=64):
     return np.asarray(values)
 
 
+@pytest.mark.slow
 def test_the_training_curve_is_that_of_float32():
     full, eight = _training_curve(None), _training_curve("int8")
     assert full[-10:].mean() < 0.75 * full[0]

@@ -313,7 +313,7 @@ def test_says_what_it_found_where_layers_are_not_clear(shapes, pattern, numbers,
         ({"layers": "("}, "no regular expression"),
         ({"layers": "(a)(b)"}, "2 groups"),
         ({"sampling_interval": 0}, "sampling_interval must be at least 1"),
-        ({"outlier_multiple": -1.0}, "outlier_multiple must be above 0"),
+        ({"outlier_multiple": -1.0}, "outlier_multiple must be at least 0"),
         ({"num_layers": 6}, "num_layers=6 exceeds the 5 layers"),
     ],
 )
