@@ -5,7 +5,8 @@
 
 Each method trains the main job's model on its batches, for `--steps` steps and the shape of
 learning-rate schedule that all of examples/ use. Its peak is searched on a grid of a factor of 3
-around the rate in examples/optimizers.py, which grows until the best is not at its edge. One seed:
+around the rate in examples/optimizers.py, which grows until the best is not at its edge, to six
+trials at most. One seed:
 small differences mean nothing. Results go to benchmarks/results/family.json as they come, with
 the bytes of each optimizer's state for GaLore's Llama of 60M; family_table.py prints the README's
 table from them.

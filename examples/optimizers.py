@@ -207,10 +207,9 @@ OPTIMIZERS = {
     "gradnormlorp": of_family(methods.gradnormlorp, 2e-2, 1e-3),
     "gum": of_family(methods.gum, 6e-2, 1e-3),
     "cosmos": of_family(methods.cosmos, 2e-2, 1e-3),
-    # It has two low-rank states, each with a value.
     "owlore": of_family(
         methods.owlore, 1e-2, 3e-4, lambda s: {"num_layers": 2, "sampling_interval": 20}
-    )._replace(call=call_with_gradient),
+    ),
     "mezo": of_family(methods.mezo, 2.7e-4, 1e-6),
     "lozo": of_family(methods.lozo, 3e-4, 1e-6, lambda s: {"rank": 2}),
     "lozo_m": of_family(methods.lozo_m, 9e-4, 1e-6, lambda s: {"rank": 2}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from typing import Any
@@ -26,7 +27,7 @@ _ONLY = (
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Unformed:
+class Unformed(abc.ABC):
     """An update decay · W + U that is no array: it may be scaled, and added to its parameter.
 
     Attributes:
@@ -41,17 +42,17 @@ class Unformed:
     __array_priority__ = 200
 
     @property
+    @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """The leaf's."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _scaled(self, factor: jax.Array) -> dict[str, Any]:
         """The fields of factor · U."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def added_to(self, leaf: jax.Array) -> jax.Array:
         """W + decay · W + U, in the leaf's dtype and a part at a time."""
-        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"A {type(self).__name__} has no {name!r}: {_ONLY}")
@@ -193,7 +194,8 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
     With ``lorenza(..., factored_updates=True)`` the update of a projected leaf is a
     :class:`LowRankUpdate`. Here W + L R is formed matrix by matrix, straight into the buffer of W
-    where that is donated: a scanned stack of layers needs no second copy of itself.
+    where that is donated: a scanned stack of layers needs no second copy of itself. What a
+    zeroth-order method leaves as noise is drawn into it part by part.
 
     Args:
       params: The parameters.

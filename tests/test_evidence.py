@@ -230,7 +230,6 @@ def nano(tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
-@pytest.mark.slow
 def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
     kept = {name: finetuning_methods.METHODS[name] for name in ("adamw", "lora")}
     monkeypatch.setattr(finetuning, "FIRST", ("adamw",))

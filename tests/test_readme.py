@@ -12,6 +12,7 @@ from flax.training.train_state import TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+ZEROTH_ORDER = ("LOZO", "SubZero", "MeZO", "ZO-Muon")
 
 
 def test_code_blocks_run():
@@ -107,6 +108,17 @@ def test_the_table_of_the_family_is_the_stored_one():
     assert table in README
     for path in re.findall(r"\]\((lorenza_optax/\S+\.py)\)", table):
         assert (ROOT / path).exists(), path
+
+
+def test_the_memory_of_zeroth_order_is_the_stored_one():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "zeroth_order_memory.json").read_text())
+    rows = stored["unrolled"]["optimizers"]
+    copies = {name: f"{rows[f'{name}, in place']['extra_copies']:.2f}" for name in ZEROTH_ORDER}
+    lozo, *others = (f"{copies[name]} for {name}" for name in ZEROTH_ORDER)
+    assert (
+        lozo.replace(" for", " copies of the weights more than evaluating the loss for") in README
+    )
+    assert f"{others[0]}, {others[1]} and {others[2]}" in README
 
 
 def test_tuning_figures_are_the_stored_ones():
