@@ -30,6 +30,8 @@ import reporting  # noqa: E402
 NANO = llama.PRESETS["nano"].model
 FEW = ["lorenza", "adazo_sam", "adamw", "optax_galore", "optax_sam"]
 PERTURB_THE_FIRST_STEP = {"adazo_sam", "sam", "asam"}
+# Their loss is the mean of those at both ends of a central difference.
+EVALUATE_ASIDE = {"mezo", "lozo", "lozo_m", "subzero"}
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
@@ -192,7 +194,10 @@ def test_initial_loss_is_near_that_of_guessing():
     ("dtype", "names"),
     [
         ("float32", FEW),
-        pytest.param("float32", list(optimizers.OPTIMIZERS), marks=pytest.mark.slow),
+        # The nano model has one layer, of which OwLore cannot sample.
+        pytest.param(
+            "float32", [n for n in optimizers.OPTIMIZERS if n != "owlore"], marks=pytest.mark.slow
+        ),
         pytest.param("bfloat16", ["lorenza", "adamw"], marks=pytest.mark.slow),
     ],
 )
@@ -212,7 +217,7 @@ def test_optimizers_run_from_the_same_start_on_the_same_batches(
         assert result["validation_loss"] == lines[-1]["validation_loss"] < 6.5
         assert result["relative_to_adamw"]["optimizer_state_bytes"] > 0
     # LORENZA has no subspace yet at its first step.
-    compared = [name for name in names if name not in PERTURB_THE_FIRST_STEP]
+    compared = [name for name in names if name not in PERTURB_THE_FIRST_STEP | EVALUATE_ASIDE]
     starts = [metrics(tmp_path / "run" / name)[0]["loss"] for name in compared]
     assert max(starts) - min(starts) < (1e-4 if dtype == "float32" else 1e-2)
     state = {name: r["optimizer_state_bytes"] for name, r in summary["optimizers"].items()}
