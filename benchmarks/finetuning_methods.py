@@ -24,6 +24,7 @@ SCALE = 2.0
 # at 1.4e-3), and by guess for the rest; RESULTS.md marks choices at the edge of a grid.
 TRIALS = 6
 FACTOR = 2.0
+HELD_OUT = 512  # examples of the train set that score a trial: fewer would choose by luck
 # SAM's ascent is fully felt at 0.01 to 0.05 (0.1 is past its best on a short MRPC run). A probe of
 # one random direction is nearly blind, finds about 1 % of that ascent, and stands a longer step.
 SEEING = (0.01, 0.05)

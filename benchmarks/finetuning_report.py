@@ -7,7 +7,7 @@ from matplotlib import pyplot
 
 import glue
 from benchmarks import bootstrap, experiments
-from benchmarks.finetuning_methods import METHODS
+from benchmarks.finetuning_methods import HELD_OUT, METHODS
 
 BASELINES = ("galore", "adamw", "sam")
 SUBJECTS = ("lorenza_zo", "lorenza_subspace", "lorenza_plus", "adazo_sam")  # of the findings
@@ -74,7 +74,7 @@ def _explanation():
     return [
         "MiniLM-L6 (22.6 M parameters) on RTE, CoLA, SST-2 and STS-B. Each method has six trials "
         "of tuning, over the learning rate and, where there is one, the radius; they are scored on "
-        "a fifth of the examples, held out. Its best trial is then trained on all examples of "
+        f"{HELD_OUT} other examples of the train set. Its best trial is then trained on "
         "other draws, one for each seed, and scored on the development set; of one seed all "
         "methods see the same examples in the same order. Scores are in points (100 times the "
         "metric): accuracy for RTE and SST-2, Matthews' correlation for CoLA, Pearson's for STS-B.",

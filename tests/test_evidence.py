@@ -203,7 +203,8 @@ def test_intervals_have_the_width_that_theory_gives():
 
 # Fine-tuning.
 
-NANO = finetuning.Size((20,), 2, {"sst2": 8, "stsb": 8}, {20: 2})
+LENGTHS = {"sst2": (8, 9), "stsb": (8, 8)}
+NANO = finetuning.Size((20, 24), 2, LENGTHS, {20: 2, 24: 1}, {20: 20, 24: 20}, (20,))
 
 
 @pytest.fixture
@@ -214,6 +215,7 @@ def nano(tmp_path, monkeypatch):
     monkeypatch.setattr(finetuning, "PLANS", {"cpu": NANO, "full": NANO._replace(max_len={})})
     small = {"batch_size": 4, "rank": 4, "update_proj_gap": 3}
     monkeypatch.setattr(finetuning, "SHARED", small)
+    monkeypatch.setattr(finetuning, "HELD_OUT", 15)
     rng = np.random.default_rng(0)
     for name in ("SST-2", "STS-B"):
         (tmp_path / name).mkdir()
@@ -237,19 +239,21 @@ def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
     monkeypatch.setattr(
         finetuning, "METHODS", {name: m._replace(middle=2e-2) for name, m in kept.items()}
     )
-    only = ["--only", "sst2-*", "stsb-adamw"]
+    only = ["--only", "20-sst2-*", "20-stsb-adamw", "24-sst2-adamw-seed0"]
     assert run.main(["finetuning", "--out", nano, *only]) == 0
     cells = finetuning.cells("cpu")
-    assert len(cells) == 2 * 2 * (6 + 2)
+    assert len(cells) == 2 * 2 * (6 + 2) + 2 * 2
     records, _ = experiments.read(nano / "finetuning", cells)
-    assert len(records) == 3 * (6 + 2)
+    assert len(records) == 3 * (6 + 2) + 1
 
-    # The final runs use the best trial, on all the examples; trials hold some out.
+    # The final runs use the best trial, which was scored on other examples of the train set.
     trials = [records[f"cpu-20-sst2-adamw-tune{i}"]["result"] for i in range(6)]
     chosen = max(trials, key=lambda r: (r["metrics"]["accuracy"], -r["loss"]))
     final = records["cpu-20-sst2-adamw-seed1"]["result"]
     assert final["learning_rate"] == chosen["learning_rate"]
-    assert (chosen["steps"], final["steps"]) == (8, 10)
+    assert (chosen["steps"], final["steps"]) == (10, 10)
+    more = records["cpu-24-sst2-adamw-seed0"]["result"]  # tuned on fewer examples
+    assert (more["learning_rate"], more["steps"]) == (final["learning_rate"], 6)
     agreement = [a == b for a, b in zip(final["labels"], final["predictions"], strict=True)]
     assert np.mean(agreement) == pytest.approx(final["metrics"]["accuracy"])
     scores = records["cpu-20-stsb-adamw-seed1"]["result"]
@@ -259,7 +263,7 @@ def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
     assert lora["trained_parameters"] < final["trained_parameters"]
 
     text = report.build(nano, ["finetuning"])
-    assert "24 of the 32 cells of the cpu size are finished. **8 are missing**" in text
+    assert "25 of the 36 cells of the cpu size are finished. **11 are missing**" in text
     mean = 50 * sum(records[f"cpu-20-sst2-lora-seed{i}"]["result"]["metrics"]["accuracy"]
                     for i in (0, 1))  # fmt: skip
     assert re.search(rf"\| LoRA \| {mean:.1f} ± [\d.]+ \| - \| - \|", text), text
