@@ -6,10 +6,13 @@ which is a function of (seed, step) alone, so that a resumed run sees the batche
 uninterrupted one would have seen.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
 import sysconfig
+import zipfile
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +22,9 @@ END_OF_TEXT = "<|endoftext|>"  # BPE's first token, between documents; bytes use
 # Tests are left out of the default corpus: many systems ship Python without them, and the text
 # should be the same everywhere. Installed packages are not the standard library.
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+# Not allowed, not UTF-8; of members of a zip: encrypted, packed in an unknown way, damaged.
+UNREADABLE = (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class Corpus(NamedTuple):
@@ -35,7 +41,10 @@ class Document(NamedTuple):
 
 
 def read_documents(data=None):
-    """(documents in order, description). `data` is a file, a folder, or None for the default."""
+    """(documents in order, description). `data` is a file, a folder, or None for the default.
+
+    Of a folder, zips are looked into.
+    """
     if data is None:
         root = pathlib.Path(sysconfig.get_path("stdlib"))
         documents, _ = _read_folder(root, sorted(root.rglob("*.py")), skipped_folders=NOT_LIBRARY)
@@ -78,16 +87,25 @@ def _read_folder(root, paths, skipped_folders=frozenset()):
         hidden = any(part.startswith(".") for part in relative.parts)
         if hidden or not skipped_folders.isdisjoint(relative.parts[:-1]) or not path.is_file():
             continue
-        try:
-            text = _decode(path.read_bytes())
-        except (OSError, ValueError):
-            skipped += 1
-            continue
-        if text.strip():
-            documents.append(Document(relative.as_posix(), text))
-        else:
-            skipped += 1
+        for name, read in _files_of(path):
+            try:
+                text = _decode(read())
+            except UNREADABLE:
+                text = ""
+            if text.strip():
+                documents.append(Document(f"{relative.as_posix()}{name}", text))
+            else:
+                skipped += 1
     return documents, skipped
+
+
+def _files_of(path):
+    """(rest of the name, function that reads it): the file, or those in it if it is a zip."""
+    if path.suffix != ".zip" or not zipfile.is_zipfile(path):
+        return [("", path.read_bytes)]
+    archive = zipfile.ZipFile(path)
+    members = sorted(info.filename for info in archive.infolist() if not info.is_dir())
+    return [(f"/{name}", functools.partial(archive.read, name)) for name in members]
 
 
 def _decode(raw):

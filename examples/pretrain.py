@@ -60,8 +60,8 @@ def parse_arguments(argv):
     add("--rank", type=positive, help="rank of the subspace (default: the preset's)")
     add("--update-proj-gap", type=positive, help="steps from one subspace to the next, the "
         "papers' T (default: the preset's)")  # fmt: skip
-    add("--data", help="a text file or a folder of them (default: the source text of Python's "
-        "standard library)")  # fmt: skip
+    add("--data", help="a text file or a folder of them or of zips (default: the source text "
+        "of Python's standard library)")  # fmt: skip
     add("--tokenizer", choices=("bytes", "bpe"), help="(default: the preset's)")
     add("--vocab-size", type=positive, help="of the BPE tokenizer (default: the preset's)")
     command_line.add_common(parser, out="runs/pretrain", checkpoint_every=100, eval_every=25)

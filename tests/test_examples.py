@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,26 @@ def test_default_corpus_is_split_by_file_and_always_the_same():
     assert 0.01 < sizes[1] / sum(sizes) < 0.15
     again, _ = corpus.read_documents()
     assert corpus.fingerprint(documents) == corpus.fingerprint(again)
+
+
+def test_zips_in_a_folder_are_read_and_damaged_ones_skipped(tmp_path):
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("speeches/1.txt", "one")
+        archive.writestr("speeches/0.txt", "zero")
+        archive.writestr("picture", b"\xff\xfe\x00")
+    (tmp_path / "a.txt").write_text("alpha")
+    whole = (tmp_path / "b.zip").read_bytes()
+    (tmp_path / "c.zip").write_bytes(whole.replace(b"zero", b"hero"))
+    (tmp_path / "d.zip").write_text("not a zip")
+    documents, description = corpus.read_documents(tmp_path)
+    assert [(d.name, d.text) for d in documents] == [
+        ("a.txt", "alpha"),
+        ("b.zip/speeches/0.txt", "zero"),
+        ("b.zip/speeches/1.txt", "one"),
+        ("c.zip/speeches/1.txt", "one"),
+        ("d.zip", "not a zip"),
+    ]
+    assert "5 files, 3 skipped" in description
 
 
 def test_batches_depend_on_seed_and_step_only():
