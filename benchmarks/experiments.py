@@ -33,6 +33,7 @@ SIZES = ("cpu", "full")
 MODULES = {
     "finetuning": "benchmarks.finetuning",
     "pretraining": "benchmarks.pretraining",
+    "ablations": "benchmarks.ablations",
 }
 
 DATA_DIR = "LORENZA_DATA_DIR"  # the environment variable; --data-dir sets it
@@ -74,18 +75,33 @@ def path_of(folder, cell):
     return folder / f"{cell['id']}.json"
 
 
+def load_record(path):
+    return json.loads(path.read_text())
+
+
 def read(folder, cells):
     """({id: record of a finished cell}, [ids of stale ones])."""
     records, stale = {}, []
     for cell in cells:
         path = path_of(folder, cell)
         if path.exists():
-            record = json.loads(path.read_text())
+            record = load_record(path)
             if record["cell"] == json.loads(json.dumps(cell)):
                 records[cell["id"]] = record
             else:
                 stale.append(cell["id"])
     return records, stale
+
+
+def results_of(name, cells):
+    """{id: result} of another experiment's cells, which `python -m benchmarks.run` has stored."""
+    found, _ = read(RESULTS / name, cells)
+    if missing := [cell["id"] for cell in cells if cell["id"] not in found]:
+        raise RuntimeError(
+            f"This builds on {len(missing)} cells of {name} that are not stored: "
+            f"python -m benchmarks.run {name} --only {missing[0]}"
+        )
+    return {name: record["result"] for name, record in found.items()}
 
 
 def write(folder, cell, result, seconds, origin):

@@ -6,6 +6,7 @@ one seed all methods see the same examples in the same order from the same head.
 """
 
 import functools
+import json
 import math
 import statistics
 import time
@@ -108,7 +109,11 @@ def _of_method(size, plan, examples, task, name):
 
 def run(cell, display, needed):
     chosen = best(needed.values()) if cell["kind"] == "final" else cell
-    hyperparameters = {key: chosen[key] for key in ("learning_rate", "rho")}
+    return fine_tune(cell, {key: chosen[key] for key in ("learning_rate", "rho")}, display)
+
+
+def fine_tune(cell, hyperparameters, display):
+    """Trains, scores, and says how it went."""
     task = glue.TASKS[cell["task"]]
     dataset = _dataset(cell["task"], experiments.data_dir())
     tokenizer = _checkpoint(CHECKPOINT, cell["task"])[1].tokenizer
@@ -146,9 +151,9 @@ def run(cell, display, needed):
     if cell["kind"] == "final":
         result |= {"labels": stored(labels), "predictions": stored(predictions)}
     shown = result["metrics"][task.metrics[0]]
-    rho = "" if chosen["rho"] is None else f", rho {chosen['rho']:g}"
+    rho = "" if result["rho"] is None else f", rho {result['rho']:g}"
     result["summary"] = (
-        f"lr {chosen['learning_rate']:g}{rho}: {task.metrics[0]} "
+        f"lr {result['learning_rate']:g}{rho}: {task.metrics[0]} "
         + ("not finite" if shown is None else f"{shown:.3f}")
     )  # fmt: skip
     return result
@@ -180,7 +185,7 @@ def training(cell, hyperparameters, train, display):
     """Trains on the batches of the cell's seed."""
     compiled, init, join, compile_seconds = _program(
         CHECKPOINT, cell["task"], cell["method"], cell["train_len"], cell["batch_size"],
-        cell["rank"], cell["update_proj_gap"],
+        cell["rank"], cell["update_proj_gap"], json.dumps(cell.get("arguments", {})),
     )  # fmt: skip
     steps = -(-cell["epochs"] * batches.size(train) // cell["batch_size"])
     rate = optimizers.learning_rate_schedule(hyperparameters["learning_rate"], steps)
@@ -209,7 +214,7 @@ def training(cell, hyperparameters, train, display):
 
 
 @functools.lru_cache(maxsize=2)  # cells of one program stand together
-def _program(checkpoint, task, name, max_len, batch_size, rank, update_proj_gap):
+def _program(checkpoint, task, name, max_len, batch_size, rank, update_proj_gap, arguments):
     """(compiled step, init, join, seconds to compile).
 
     Learning rate and radius are arguments of the step, so all trials and seeds share it.
@@ -219,7 +224,7 @@ def _program(checkpoint, task, name, max_len, batch_size, rank, update_proj_gap)
 
     def build(rate, rho, seed):
         settings = optimizers.Settings(rank, update_proj_gap, rho, seed)
-        return method.build(lambda count: rate, settings)
+        return method.build(lambda count: rate, settings, **json.loads(arguments))
 
     def init(seed):
         params = bert.read_parameters(files, config, seed)

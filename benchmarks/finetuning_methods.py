@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
@@ -89,13 +89,15 @@ def _by_path(tree):
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
 
 
-def _of(factory, **arguments) -> Callable[[Any, Any], optax.GradientTransformation]:
-    """At the run's rank, T and radius, with GaLore's scale."""
+def _of(factory, **own) -> Callable[..., optax.GradientTransformation]:
+    """At the run's rank, T and radius, with GaLore's scale; ablations give other arguments."""
 
-    def more(settings):
-        return {"scale": SCALE, "rho": settings.rho, **arguments}
+    def build(learning_rate, settings, **arguments):
+        chosen = {"scale": SCALE, "rho": settings.rho, **own, **arguments}
+        entry = optimizers.of_family(factory, 0.0, 0.0, lambda settings: chosen)
+        return entry.build(learning_rate, settings)
 
-    return optimizers.of_family(factory, 0.0, 0.0, more).build
+    return build
 
 
 def _known(name):

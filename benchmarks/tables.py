@@ -31,6 +31,12 @@ def t_interval(values, unit="", digits=1):
     mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:+.{digits}f}{unit} (one run)"
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    low, high = (f"{edge:+.{digits}f}" for edge in (mean - half, mean + half))
+    low, high = (f"{edge:+.{digits}f}" for edge in t_edges(values))
     return f"{mean:+.{digits}f}{unit} ({low} to {high})"
+
+
+def t_edges(values):
+    """Where that interval begins and ends; of two values or more."""
+    mean, count = statistics.fmean(values), len(values)
+    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(values) / count**0.5
+    return mean - half, mean + half

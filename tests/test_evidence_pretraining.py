@@ -1,0 +1,140 @@
+"""Pre-training and ablations as experiments: that they compare what they say they compare."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+from benchmarks import (  # noqa: E402
+    ablations,
+    ablations_report,
+    ablations_variants,
+    experiments,
+    pretraining,
+    pretraining_methods,
+    pretraining_runs,
+    report,
+    run,
+    tables,
+)
+
+llama, optimizers = pretraining_runs.llama, pretraining_runs.optimizers
+NANO = pretraining_runs.Model(llama.PRESETS["nano"].model, 6, 4, 2, 1.0)
+SMALL = {"batch_size": 2, "seq_len": 16, "update_proj_gap": 3, "rho": 0.05, "arguments": {}}
+
+
+@pytest.fixture
+def nano(tmp_path, monkeypatch):
+    """Nano models and two of the methods; the folder of results."""
+    models = {"cpu": {"a": NANO}, "full": {"a": NANO}}
+    monkeypatch.setattr(pretraining, "MODELS", models)
+    monkeypatch.setattr(pretraining_runs, "MODELS", models)
+    monkeypatch.setattr(pretraining, "SHARED", SMALL)
+    monkeypatch.setattr(pretraining, "FULL", {})
+    monkeypatch.setattr(pretraining, "RANKS", {"a": (2,)})
+    monkeypatch.setattr(pretraining, "GAPS", {"a": ()})
+    monkeypatch.setattr(pretraining, "SWEPT", ("lorenza",))
+    kept = {name: pretraining_methods.METHODS[name] for name in ("adamw", "lorenza")}
+    for module in (pretraining, pretraining_runs, pretraining_methods):
+        monkeypatch.setattr(module, "METHODS", kept)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "all.txt").write_text("to be, or not to be: that is the question. " * 99)
+    monkeypatch.setenv(experiments.DATA_DIR, str(tmp_path))
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "out")
+    pretraining_runs._tokens.cache_clear()
+    return tmp_path / "out"
+
+
+def test_from_trials_to_the_report_and_the_ablations(nano, monkeypatch):
+    assert run.main(["pretraining", "--out", nano]) == 0
+    cells = pretraining.cells("cpu")
+    records, _ = experiments.read(nano / "pretraining", cells)
+    assert len(records) == len(cells) == 2 * 6 + 2 * 2 * 2 + 1 + 2
+
+    def result(name):
+        return records[f"cpu-{name}"]["result"]
+
+    trials = [result(f"a-stdlib-lorenza-tune{i}") for i in range(6)]
+    chosen = min(trials, key=lambda trial: trial["validation_loss"])
+    for name in ("a-stdlib-lorenza-seed1", "a-text-lorenza-seed0", "a-stdlib-lorenza-r2-seed0"):
+        for rate in ("matrices_rate", "others_rate"):
+            assert result(name)[rate] == chosen[rate]
+    assert result("a-stdlib-adamw-seed0")["corpus"] != result("a-text-adamw-seed0")["corpus"]
+    ranks = [result(f"a-stdlib-lorenza-{n}seed0")["optimizer_state_bytes"] for n in ("", "r2-")]
+    assert ranks[0] > ranks[1]
+    seconds = records["cpu-a-race"]["result"]["seconds"]
+    assert {name: len(times) for name, times in seconds.items()} == {"adamw": 3, "lorenza": 3}
+
+    text = report.build(nano, ["pretraining"])
+    pairs = [
+        100 * (result(f"{where}-lorenza-seed{s}")["validation_loss"]
+               / result(f"{where}-adamw-seed{s}")["validation_loss"] - 1)
+        for where in ("a-stdlib", "a-text") for s in (0, 1)
+    ]  # fmt: skip
+    shown = tables.t_interval(pairs, "%")
+    assert f"LORENZA, zo is above that of AdamW by {shown}" in text
+    assert "at its best rank of those tried" in text
+
+    # Ablations change one thing of those runs.
+    variants = ablations_variants.VARIANTS
+    kept = {name: variants[name]._replace(fine_tuning="") for name in ("sign", "rotate", "rho0")}
+    kept["same"] = kept["sign"]._replace(rho_factor=1.0)
+    for module in (ablations, ablations_report):
+        monkeypatch.setattr(module, "VARIANTS", kept)
+    monkeypatch.setattr(ablations, "PLACES", {"cpu": ("a", 0), "full": ("a", 0)})
+    assert run.main(["ablations", "--out", nano]) == 0
+    changed, _ = experiments.read(nano / "ablations", ablations.cells("cpu"))
+    assert len(changed) == 4 * 2
+    base = result("a-stdlib-lorenza-seed0")["validation_loss"]
+    losses = {
+        name: changed[f"cpu-a-stdlib-lorenza-seed0-{name}"]["result"]["validation_loss"]
+        for name in kept
+    }
+    assert losses.pop("same") == base
+    assert len({*losses.values(), base}) == 4
+    text = report.build(nano, ["ablations"])
+    assert "| as printed, -rho |" in text
+
+
+def test_each_kind_of_leaf_moves_at_its_own_rate():
+    params = {"layer": np.ones((8, 16), np.float32), "norm": np.ones(16, np.float32)}
+    grads = jax.tree.map(lambda x: 0.1 * x, params)
+    settings = optimizers.Settings(2, 10, 0.05, 0)
+    for method in ("adamw", "muon", "galore", "lorenza_plus"):
+
+        def moved(matrices, others, method=method):
+            tx = pretraining_methods.transformation(
+                method, settings, matrices, others, lambda count: 1.0, {}
+            )
+            updates, _ = tx.update(grads, tx.init(params), params)
+            # Without weight decay, which goes by the rate of the others.
+            decay = -others * optimizers.WEIGHT_DECAY
+            return {k: np.asarray(u - decay * params[k]) for k, u in updates.items()}
+
+        first, second = moved(1e-2, 1e-3), moved(3e-2, 1e-3)
+        np.testing.assert_allclose(3 * first["layer"], second["layer"], rtol=1e-3, atol=1e-7)
+        np.testing.assert_array_equal(first["norm"], second["norm"])
+        # Adam's first step, downhill; Muon's Adam has Nesterov's momentum.
+        np.testing.assert_allclose(first["norm"], -1e-3, rtol=0.5 if method == "muon" else 1e-3)
+        assert np.sum(first["layer"] * grads["layer"]) < 0
+    adam = optax.adamw(1e-3, weight_decay=optimizers.WEIGHT_DECAY)
+    tx = pretraining_methods.transformation("adamw", settings, 1e-3, 1e-3, lambda count: 1.0, {})
+    expected, _ = adam.update(grads, adam.init(params), params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, expected)
+
+
+def test_every_method_has_the_same_budget():
+    for name, method in pretraining_methods.METHODS.items():
+        assert len(set(method.trials())) == 6, name
+
+
+def test_intervals_of_few_differences():
+    values = [0.3, -0.1, 0.5]
+    low, high = stats.ttest_1samp(values, 0).confidence_interval()
+    assert tables.t_interval(values, "%", 2) == f"+0.23 % ({low:+.2f} to {high:+.2f})"
+    assert tables.t_interval([0.3]) == "+0.3 (one run)"
+    assert tables.mean_and_deviation([1.0, None], 2) == "diverged"
