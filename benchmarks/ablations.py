@@ -7,10 +7,10 @@ tuned for the unchanged method, which favours it.
 """
 
 from benchmarks import experiments, finetuning, pretraining
-from benchmarks.ablations_report import report
+from benchmarks.ablations_report import again, report
 from benchmarks.ablations_variants import VARIANTS
 
-__all__ = ["cells", "report", "run"]
+__all__ = ["again", "cells", "report", "run"]
 
 TASKS = ("sst2", "stsb")
 PRETRAINING_SEEDS = 2  # of three

@@ -38,7 +38,7 @@ def report(size, cells, records, folder):
     _plot(found, path)
     helpful = "none helps" if not better else f"these help: {'; '.join(better)}"
     findings = [
-        f"Ablations ({size} size): of {len(rows)} changes to LORENZA's choices, beyond an "
+        f"**Defaults.** Of {len(rows)} changes to LORENZA's choices ({size} size), beyond an "
         f"interval of 95 % {helpful}. (Of forty independent comparisons one does by chance.)"
     ]
     body = [
@@ -57,6 +57,33 @@ def report(size, cells, records, folder):
         body += ["", "What they led to:", ""]
         body += [f"- {question}: {text}" for question, text in DECISIONS.items()]
     return experiments.Section(findings, body)
+
+
+def again(size, cells, records):
+    """The first change in each place: its figure as far off as the changes' own seeds are."""
+    expected = {}
+    for cell in cells:
+        of_variant = [
+            c for c in cells
+            if c["id"] in records
+            and all(c.get(k) == cell.get(k) for k in ("variant", "experiment", "task", "method"))
+        ]  # fmt: skip
+        place = cell["experiment"]
+        if cell["id"] in records and len(of_variant) > 1 and place not in expected:
+            value = _loss if place == "pretraining" else _score(cell["task"])
+            values = [value(records[c["id"]]["result"]) for c in of_variant]
+            edges = tables.prediction_edges(values)
+            expected[place] = experiments.Expectation(cell["id"], place, value, *edges)
+    return list(expected.values())
+
+
+def _loss(result):
+    return tables.or_infinity(result["validation_loss"])
+
+
+def _score(task):
+    name = glue.TASKS[task].metrics[0]
+    return lambda result: result["metrics"][name]
 
 
 def _differences(cells, records, results):

@@ -1,10 +1,12 @@
 """What an experiment is, and where its finished cells are kept.
 
-An experiment is a module, named in MODULES, with three functions:
+An experiment is a module, named in MODULES, with four functions:
 
     cells(size) -> list of cells, in the order in which they are to be run; size is one of SIZES
     run(cell, display, needed) -> result, anything that JSON can say
     report(size, cells, records, folder) -> Section of RESULTS.md; plots go into the folder
+    again(size, cells, records) -> list of Expectations for `python -m benchmarks.check`: of one
+        stored cell of each table, the interval in which a rerun has to land
 
 A cell is a dict of JSON values that says all there is to say about one run. Of its keys these have
 a meaning here: "id" (letters, digits, "-", "_", "."; it names the file), "needs" (ids of earlier
@@ -23,6 +25,7 @@ import os
 import pathlib
 import re
 import subprocess
+from collections.abc import Callable
 from typing import NamedTuple
 
 import machine
@@ -44,6 +47,16 @@ class Section(NamedTuple):
 
     findings: list[str]  # sentences, made from the stored numbers
     body: list[str]  # lines
+
+
+class Expectation(NamedTuple):
+    """A figure of a cell's result, and the interval in which it is to be found again."""
+
+    cell: str  # id
+    label: str
+    value: Callable[[dict], float]
+    low: float
+    high: float
 
 
 def load(name):

@@ -23,9 +23,9 @@ import glue
 import optimizers
 from benchmarks import experiments
 from benchmarks.finetuning_methods import FIRST, HELD_OUT, METHODS, REST
-from benchmarks.finetuning_report import report
+from benchmarks.finetuning_report import again, report
 
-__all__ = ["cells", "report", "run"]
+__all__ = ["again", "cells", "report", "run"]
 
 CHECKPOINT = None  # all-MiniLM-L6-v2 from its package
 EVALUATION_BATCH = 64

@@ -5,11 +5,12 @@ set; the rates found are those of all its other runs. Of one seed all methods se
 from the same initial weights. Sweeps over the rank and over T, of LORENZA and of GaLore.
 """
 
+from benchmarks import tables
 from benchmarks.pretraining_methods import METHODS
-from benchmarks.pretraining_report import report
+from benchmarks.pretraining_report import again, report
 from benchmarks.pretraining_runs import MODELS, race, train
 
-__all__ = ["cells", "report", "run"]
+__all__ = ["again", "cells", "report", "run"]
 
 TUNING_SEED = 1000
 
@@ -113,8 +114,4 @@ def run(cell, display, needed):
 
 
 def best(results):
-    return min(results, key=lambda result: finite_or_inf(result["validation_loss"]))
-
-
-def finite_or_inf(loss):
-    return float("inf") if loss is None else loss
+    return min(results, key=lambda result: tables.or_infinity(result["validation_loss"]))

@@ -3,24 +3,12 @@
 import statistics
 
 import numpy as np
-from matplotlib import pyplot
 
-from benchmarks import experiments, tables
+from benchmarks import experiments, pretraining_plots, tables
 from benchmarks.pretraining_methods import METHODS
 
-NAMES = {
-    "adamw": "AdamW",
-    "galore": "GaLore",
-    "fira": "Fira",
-    "lotus": "Lotus",
-    "lorenza": "LORENZA, zo",
-    "lorenza_subspace": "LORENZA, subspace",
-    "lorenza_plus": "Lorenza+, zo",
-    "muon": "Muon",
-}
-SUBJECTS = ("lorenza", "lorenza_subspace", "lorenza_plus")
+SUBJECTS = ("lorenza", "lorenza_subspace")  # of the findings
 BASELINES = ("adamw", "galore")
-TEXTS = {"stdlib": "standard library", "text": "speeches and news"}
 
 
 def report(size, cells, records, folder):
@@ -32,7 +20,7 @@ def report(size, cells, records, folder):
             runs = {key[2]: found for key, found in finals.items() if key[:2] == (model, text)}
             body += ["", *_losses(runs, text, ratios.get(model, {}))]
         path = folder / f"curves-{size}-{model}.png"
-        _plot_curves(model, finals, ratios.get(model, {}), path)
+        pretraining_plots.curves(model, finals, ratios.get(model, {}), path)
         body += ["", f"![Losses of {model}](results/{folder.name}/{path.name})"]
         body += ["", *_differences(model, finals)]
         findings += _findings(size, model, finals)
@@ -40,12 +28,52 @@ def report(size, cells, records, folder):
         if sweep := _sweep(cells, records, swept):
             path = folder / f"{swept}-{size}.png"
             adamw = _adamw_loss(cells, records)
-            _plot_sweep(sweep, title, adamw, path)
+            pretraining_plots.sweep(sweep, title, adamw, path)
             body += ["", f"### {title} ({size} size)", "", *_sweep_table(sweep, title, adamw)]
             body += ["", f"![{title}](results/{folder.name}/{path.name})"]
             if swept == "rank" and adamw:
                 findings += _rank_finding(size, sweep, adamw)
     return experiments.Section(findings, body)
+
+
+def again(size, cells, records):
+    """A final run of LORENZA, one of each sweep, and the times of AdamW's and LORENZA's steps."""
+
+    def loss(result):
+        return tables.or_infinity(result["validation_loss"])
+
+    def ratio(result):
+        ours, theirs = (np.median(result["seconds"][m]) for m in ("lorenza", "adamw"))
+        return ours / theirs
+
+    found = {}
+    for cell in cells:
+        key = cell["kind"], cell.get("swept")
+        # As wide as LORENZA's seeds say, also for the sweeps, which have but two.
+        if cell["id"] in records and cell.get("method", "lorenza") == "lorenza":
+            found.setdefault(key, []).append(cell)
+    seeds = [c for c in found.get(("final", None), []) if c["model"] == _first(cells)["model"]
+             and c["text"] == _first(cells)["text"]]  # fmt: skip
+    if len(seeds) < 2:
+        return []
+    low, high = tables.prediction_edges([loss(records[c["id"]]["result"]) for c in seeds])
+    expected = []
+    for (kind, _), [cell, *_] in found.items():
+        stored = records[cell["id"]]["result"]
+        if kind == "race":
+            # Times of small programs on a busy machine.
+            edges = ratio(stored) / 1.5, ratio(stored) * 1.5
+            expected.append(experiments.Expectation(cell["id"], "time, of AdamW's", ratio, *edges))
+        elif kind != "tuning":
+            half = (high - low) / 2
+            edges = loss(stored) - half, loss(stored) + half
+            expected.append(experiments.Expectation(cell["id"], "validation loss", loss, *edges))
+    return expected
+
+
+def _first(cells):
+    """Tuning's: the smaller model and the standard library."""
+    return cells[0]
 
 
 def _explanation():
@@ -98,7 +126,7 @@ def _losses(runs, text, ratios):
         edge = " (edge)" if some["matrices_rate"] in edges else ""
         normal, mean = ratios.get(method, (None, None))
         rows.append([
-            NAMES[method],
+            tables.NAMES[method],
             f"{rates[0]:g}{edge}, {rates[1]:g}",
             tables.mean_and_deviation(losses, 3),
             tables.mean_and_deviation(
@@ -110,7 +138,7 @@ def _losses(runs, text, ratios):
         ])  # fmt: skip
     seeds = max(len(results) for results in runs.values())
     return [
-        f"On the {TEXTS[text]}, mean and standard deviation over {seeds} "
+        f"On the {pretraining_plots.TEXTS[text]}, mean and standard deviation over {seeds} "
         f"seed{'s' if seeds > 1 else ''}; time of a step relative to AdamW's, in turns in one "
         "process: the median, and the mean with the refreshes.",
         "",
@@ -139,7 +167,10 @@ def _paired(model, finals, method, baseline):
 def _differences(model, finals):
     methods = dict.fromkeys(key[2] for key in finals if key[0] == model)
     rows = [
-        [NAMES[m], *(tables.t_interval(_paired(model, finals, m, b), "%") for b in BASELINES)]
+        [
+            tables.NAMES[m],
+            *(tables.t_interval(_paired(model, finals, m, b), "%") for b in BASELINES),
+        ]
         for m in methods
     ]
     return [
@@ -147,24 +178,24 @@ def _differences(model, finals):
         "with t intervals of 95 % (of few pairs, that share the tuning: a lower bound of the "
         "uncertainty):",
         "",
-        *tables.markdown(["method", *(f"above {NAMES[b]}" for b in BASELINES)], rows),
+        *tables.markdown(["method", *(f"above {tables.NAMES[b]}" for b in BASELINES)], rows),
     ]
 
 
 def _findings(size, model, finals):
-    found = []
+    parts = []
     for method in SUBJECTS:
-        parts = [
-            f"{NAMES[b]} by {tables.t_interval(pairs, '%')}"
-            for b in BASELINES
-            if (pairs := _paired(model, finals, method, b))
+        against = [
+            f"{tables.t_interval(pairs, '%')} above {tables.NAMES[baseline]}'s"
+            for baseline in BASELINES
+            if (pairs := _paired(model, finals, method, baseline))
         ]
-        if parts:
-            found.append(
-                f"Pre-training {model} ({size} size): the validation loss of {NAMES[method]} is "
-                f"above that of {', and above that of '.join(parts)}."
-            )
-    return found
+        if against:
+            parts.append(f"that of {tables.NAMES[method]} is {' and '.join(against)}")
+    if not parts:
+        return []
+    return [f"**Loss.** Pre-training, {model} parameters ({size} size), validation loss: "
+            f"{'; '.join(parts)}."]  # fmt: skip
 
 
 def _adamw_loss(cells, records):
@@ -204,7 +235,7 @@ def _sweep(cells, records, swept):
 def _sweep_table(sweep, title, adamw):
     values = sorted({value for found in sweep.values() for value in found})
     rows = [
-        [NAMES[m], *(tables.mean_and_deviation(found.get(value, []), 3) for value in values)]
+        [tables.NAMES[m], *(tables.mean_and_deviation(found.get(value, []), 3) for value in values)]
         for m, found in sweep.items()
     ]
     note = "" if adamw is None else f" AdamW: {adamw:.3f}."
@@ -219,48 +250,6 @@ def _rank_finding(size, sweep, adamw):
     above = 100 * (statistics.fmean(losses) / adamw - 1)
     verdict = "within" if above <= 1 else "not within"
     return [
-        f"Pre-training ({size} size): at its best rank of those tried, {rank}, LORENZA's "
+        f"**Rank.** Pre-training ({size} size): at its best rank of those tried, {rank}, LORENZA's "
         f"validation loss is {above:+.1f} % above AdamW's, {verdict} 1 %."
     ]
-
-
-def _plot_curves(model, finals, ratios, path):
-    texts = list(dict.fromkeys(key[1] for key in finals if key[0] == model))
-    figure, panels = pyplot.subplots(
-        len(texts), 3, figsize=(13, 3.8 * len(texts)), layout="constrained", squeeze=False
-    )
-    for row, text in zip(panels, texts, strict=True):
-        for index, method in enumerate(NAMES):
-            if not (results := finals.get((model, text, method))):
-                continue
-            curve = np.asarray(next(iter(results.values()))["curve"])
-            state = next(iter(results.values()))["optimizer_state_bytes"] / 1e6
-            if not curve.size:
-                continue
-            style = {"color": f"C{index}", "label": NAMES[method]}
-            row[0].plot(curve[:, 0], curve[:, 2], **style)
-            if method in ratios:
-                row[1].plot(curve[:, 0] * ratios[method][1], curve[:, 2], **style)
-            row[2].plot(state, curve[-1, 2], "o", **style)
-        row[0].set_ylabel(f"validation loss, {TEXTS[text]}")
-        for axes, label in zip(
-            row, ("steps", "time, in steps of AdamW", "optimizer state, MB"), strict=True
-        ):
-            axes.set_xlabel(label)
-            axes.grid(alpha=0.3)
-    panels[0][0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def _plot_sweep(sweep, title, adamw, path):
-    figure, axes = pyplot.subplots(figsize=(5.5, 3.8), layout="constrained")
-    for method, found in sweep.items():
-        axes.plot(list(found), [np.mean(v) for v in found.values()], "o-", label=NAMES[method])
-    if adamw is not None:
-        axes.axhline(adamw, color="gray", linestyle="--", label="AdamW")
-    axes.set(xscale="log", xlabel=title, ylabel="validation loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -9,7 +9,7 @@ import argparse
 import pathlib
 import sys
 
-from benchmarks import experiments
+from benchmarks import experiments, scripts_report
 
 HEADER = """\
 # Results
@@ -24,9 +24,12 @@ REPRODUCE = """\
     python -m benchmarks.run NAME --data-dir FOLDER
     python -m benchmarks.report
 
-NAME is one of {names}. Finished cells are skipped; to see whether one comes out the same, run it
-into a folder of its own, `--only ID --out FOLDER`, which runs the cells that it needs too, and then
-`python -m benchmarks.report --out FOLDER`. [PLAN.md](PLAN.md) says what each part takes.
+NAME is one of {names}. Finished cells are skipped. To run one cell of each table again and see
+that its figures land within their intervals:
+
+    python -m benchmarks.check --data-dir FOLDER
+
+[PLAN.md](PLAN.md) says what each part takes.
 """
 
 
@@ -49,6 +52,7 @@ def build(folder, names=None):
         sections += ["", f"## {name}", *body, *_origins(origins)]
     opening = [f"- {finding}" for finding in findings] or ["Nothing is finished yet."]
     names = ", ".join(f"`{name}`" for name in names or experiments.MODULES)
+    sections += scripts_report.section(folder)
     parts = [HEADER, "## Findings", "", *opening, *sections, "", REPRODUCE.format(names=names)]
     return "\n".join(parts)
 

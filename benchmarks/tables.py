@@ -1,9 +1,26 @@
-"""Numbers as RESULTS.md shows them."""
+"""Names and numbers as RESULTS.md shows them."""
 
 import math
 import statistics
 
 from scipy import stats
+
+# Of methods, in the order in which plots have them.
+NAMES = {
+    "adamw": "AdamW",
+    "galore": "GaLore",
+    "sam": "SAM",
+    "fira": "Fira",
+    "lotus": "Lotus",
+    "lorenza": "LORENZA, zo",
+    "lorenza_zo": "LORENZA, zo",
+    "lorenza_subspace": "LORENZA, subspace",
+    "lorenza_plus": "Lorenza+, zo",
+    "lora": "LoRA",
+    "vlorp": "VLoRP",
+    "adazo_sam": "AdaZo-SAM",
+    "muon": "Muon",
+}
 
 
 def markdown(header, rows):
@@ -40,3 +57,19 @@ def t_edges(values):
     mean, count = statistics.fmean(values), len(values)
     half = stats.t.ppf(0.975, count - 1) * statistics.stdev(values) / count**0.5
     return mean - half, mean + half
+
+
+def prediction_edges(values):
+    """Where one more value of the same distribution is to be expected, in 95 of 100 cases."""
+    mean, count = statistics.fmean(values), len(values)
+    spread = statistics.stdev(values) * (1 + 1 / count) ** 0.5
+    half = stats.t.ppf(0.975, count - 1) * spread
+    return mean - half, mean + half
+
+
+def short(value):
+    return f"{value:.4g}"
+
+
+def or_infinity(loss):
+    return math.inf if loss is None else loss

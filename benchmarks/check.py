@@ -1,0 +1,86 @@
+"""Runs one cell of each table again and says whether it lands within its interval.
+
+    python -m benchmarks.check --data-dir FOLDER               # some minutes on two cores
+    python -m benchmarks.check pretraining memory
+
+The same machine and versions give the same losses to the bit; others round otherwise, and training
+carries that on. So each figure has an interval, that of the stored results themselves.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+import rich.table
+
+from benchmarks import experiments, progress, tables
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.check",
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    known = ", ".join(experiments.MODULES)
+    add("names", nargs="*", metavar="NAME", help=f"{known} (default: all that are stored)")
+    add("--size", choices=experiments.SIZES, default="cpu")
+    add("--data-dir", metavar="FOLDER",
+        help=f"where the data are (default: the environment's {experiments.DATA_DIR})")  # fmt: skip
+    add("--out", type=pathlib.Path, default=experiments.RESULTS, help="holds NAME/, the stored")
+    arguments = parser.parse_args(argv)
+    if unknown := set(arguments.names) - set(experiments.MODULES):
+        parser.error(f"no experiment {', '.join(sorted(unknown))}")
+    return arguments
+
+
+def rows_of(name, size, folder, display):
+    """(cell, figure, stored, found, low, high) of an experiment's expectations."""
+    experiment = experiments.load(name)
+    cells = experiments.checked(experiment.cells(size))
+    records, _ = experiments.read(folder / name, cells)
+    by_id, results = {cell["id"]: cell for cell in cells}, {}
+    expectations = experiment.again(size, cells, records)
+    display.start(name, len({e.cell for e in expectations}))
+    rows = []
+    for cell, label, value, low, high in expectations:
+        if cell not in results:
+            display.cell(by_id[cell], records[cell]["seconds"], None)
+            needed = {n: records[n]["result"] for n in by_id[cell].get("needs", ())}
+            results[cell] = experiment.run(by_id[cell], display, needed)
+            display.finished()
+        stored = value(records[cell]["result"])
+        rows.append((cell, label, stored, value(results[cell]), low, high))
+    display.stop()
+    return rows
+
+
+def main(argv=None):
+    """Returns the exit status: 1 if a figure is outside its interval."""
+    arguments = parse_arguments(argv)
+    if arguments.data_dir:
+        os.environ[experiments.DATA_DIR] = arguments.data_dir
+    display, rows = progress.Display(), []
+    try:
+        for name in arguments.names or experiments.MODULES:
+            rows += rows_of(name, arguments.size, arguments.out, display)
+    finally:
+        display.stop()
+    table = rich.table.Table(title="One cell of each table, run again")
+    for heading in ("cell", "figure", "stored", "again", "interval", ""):
+        table.add_column(heading, justify="left" if heading in ("cell", "figure") else "right")
+    wrong = 0
+    for cell, label, stored, found, low, high in rows:
+        inside = low <= found <= high
+        wrong += not inside
+        table.add_row(cell, label, *map(tables.short, (stored, found)),
+                      f"{tables.short(low)} to {tables.short(high)}",
+                      "within" if inside else "OUTSIDE")  # fmt: skip
+    display.console.print(table)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

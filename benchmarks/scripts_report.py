@@ -1,0 +1,108 @@
+"""The part of RESULTS.md on what single scripts measured: tables from their stored JSON.
+
+Each script runs by itself, `python benchmarks/NAME.py`, and writes benchmarks/results/NAME.json.
+"""
+
+import json
+
+from benchmarks import family_table, main_job, readme_table, tables
+
+SCRIPTS = {
+    "main_job": "The main job: a Llama of 1.9 M parameters, 200 steps on Python's standard library",
+    "pretrain_tuning": "Hyperparameters on the main job, one seed",
+    "family": "The family on the main job's model, 100 steps at the best rate of each, one seed",
+    "int8_moments": "Moments in less precision, on the main job",
+    "ascent": "What an ascent finds and costs",
+    "step_cost": "Whole steps beside AdamW's, GaLore's and SAM's",
+    "refresh": "Refreshes",
+    "zeroth_order_memory": "Memory of zeroth-order steps beyond a forward pass",
+}
+PLACES = ("unrolled", "scanned")
+
+
+def section(folder):
+    """Lines of RESULTS.md; nothing where nothing is stored."""
+    stored = {
+        name: json.loads(path.read_text())
+        for name in SCRIPTS
+        if (path := folder / f"{name}.json").exists()
+    }
+    if not stored:
+        return []
+    lines = ["", "## Single scripts", "", "Each by `python benchmarks/NAME.py`."]
+    for name, found in stored.items():
+        lines += ["", f"### {SCRIPTS[name]} (`{name}`)", "", *_body(name, stored)]
+        where = found[0] if isinstance(found, list) else found
+        device, versions = where["machine"], where["versions"]
+        lines += ["", f"Made on {device['device_kind']}, {device['cpu_count']} CPUs, "
+                  f"jax {versions['jax']}."]  # fmt: skip
+    return lines
+
+
+def _body(name, stored):
+    found = stored[name]
+    if name == "main_job":
+        return main_job.markdown(found).splitlines()
+    if name == "family":
+        return family_table.markdown(found).replace("](", "](../").splitlines()
+    if name == "pretrain_tuning":
+        return _trials(found)
+    if name == "int8_moments":
+        return [*_moments(found), "", *_bars(found)]
+    if name == "ascent":
+        return readme_table.markdown(found, stored["step_cost"]).splitlines()
+    if name == "zeroth_order_memory":
+        return [*_copies(found), "", *_bars(found)]
+    return _bars(found)
+
+
+def _trials(rows):
+    return tables.markdown(
+        ["optimizer", "arguments", "validation loss"],
+        [
+            [
+                row["trial"][0],
+                ", ".join(f"{key}={value}" for key, value in row["trial"][1].items()),
+                f"{row['result']['validation_loss']:.3f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _moments(found):
+    whole = found["moment_bytes"]["float32"]
+    return tables.markdown(
+        ["moments", "validation loss", "bytes of moments, of float32's"],
+        [
+            [
+                run["moment_dtype"],
+                f"{run['result']['validation_loss']:.3f}",
+                f"{found['moment_bytes'][run['moment_dtype']] / whole:.2f}",
+            ]
+            for run in found["runs"]
+        ],
+    )
+
+
+def _copies(found):
+    rows = [
+        [name, *(f"{found[place]['optimizers'][name]['extra_copies']:.2f}" for place in PLACES)]
+        for name in found["unrolled"]["optimizers"]
+    ]
+    return [
+        "Temporary memory beyond evaluating the loss, in copies of the weights:",
+        "",
+        *tables.markdown(["step", *PLACES], rows),
+    ]
+
+
+def _bars(found):
+    return tables.markdown(
+        ["claim", "measured", "bar", "holds"],
+        [
+            [b["claim"], f"{b['value']:.3g}", f"{b['sign']} {b['limit']:g}",
+             "yes" if b["holds"] else "**no**"]
+            for b in found["bars"]
+        ],
+    )  # fmt: skip
