@@ -36,10 +36,12 @@ SIZES = ("cpu", "full")
 MODULES = {
     "finetuning": "benchmarks.finetuning",
     "pretraining": "benchmarks.pretraining",
+    "flatness": "benchmarks.flatness",
     "ablations": "benchmarks.ablations",
 }
 
 DATA_DIR = "LORENZA_DATA_DIR"  # the environment variable; --data-dir sets it
+RESULTS_DIR = "LORENZA_RESULTS_DIR"  # set by --out, for those that read another's results
 
 
 class Section(NamedTuple):
@@ -68,6 +70,20 @@ def data_dir():
         return folder
     raise SystemExit(
         f"This experiment needs data: name their folder with --data-dir, or in {DATA_DIR}."
+    )
+
+
+def of_another(name, cell):
+    """The record of a finished cell of the experiment `name`."""
+    out = pathlib.Path(os.environ.get(RESULTS_DIR, RESULTS))
+    records, stale = read(out / name, [cell])
+    if cell["id"] in records:
+        return records[cell["id"]]
+    state = "was made with other settings" if stale else "is not finished"
+    again = " --again" if stale else ""
+    raise RuntimeError(
+        f"{name}'s cell {cell['id']} {state}. Run it with\n  python -m benchmarks.run {name} "
+        f"--data-dir FOLDER --out {out} --only {cell['id']}{again}"
     )
 
 

@@ -125,6 +125,7 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     if arguments.data_dir:
         os.environ[experiments.DATA_DIR] = arguments.data_dir
+    os.environ[experiments.RESULTS_DIR] = str(arguments.out)
     experiment, display = experiments.load(arguments.name), progress.Display()
     everything = experiments.checked(experiment.cells(arguments.size))
     cells = chosen(everything, arguments.only)
