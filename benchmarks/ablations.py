@@ -75,4 +75,4 @@ def base_result(cell):
     """The stored result of the unchanged run."""
     of = {"pretraining": pretraining, "finetuning": finetuning}[cell["experiment"]]
     [base] = [c for c in of.cells(cell["size"]) if c["id"] == cell["base"]]
-    return experiments.results_of(cell["experiment"], [base])[cell["base"]]
+    return experiments.of_another(cell["experiment"], base)["result"]

@@ -88,26 +88,15 @@ def _score(task):
 
 def _differences(cells, records, results):
     """{(variant, experiment): differences from the unchanged runs, one for each seed and task}."""
-    bases = {experiment: _stored(results / experiment) for experiment in PANELS}
     found = {}
     for cell in cells:
-        record, base = records.get(cell["id"]), bases[cell["experiment"]](cell["base"])
-        difference = _difference(cell, record["result"], base) if record and base else None
-        if difference is not None:
+        base = experiments.path_of(results / cell["experiment"], {"id": cell["base"]})
+        if cell["id"] not in records or not base.exists():
+            continue
+        ours, theirs = records[cell["id"]]["result"], experiments.load_record(base)["result"]
+        if (difference := _difference(cell, ours, theirs)) is not None:
             found.setdefault((cell["variant"], cell["experiment"]), []).append(difference)
     return found
-
-
-def _stored(folder):
-    """A function that gives a result by its cell's id, or None; of the repository if not there."""
-
-    def of(name):
-        for place in (folder, experiments.RESULTS / folder.name):
-            if (path := place / f"{name}.json").exists():
-                return experiments.load_record(path)["result"]
-        return None
-
-    return of
 
 
 def _difference(cell, result, base):

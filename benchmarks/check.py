@@ -62,6 +62,7 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     if arguments.data_dir:
         os.environ[experiments.DATA_DIR] = arguments.data_dir
+    os.environ[experiments.RESULTS_DIR] = str(arguments.out)
     display, rows = progress.Display(), []
     try:
         for name in arguments.names or experiments.MODULES:

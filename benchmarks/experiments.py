@@ -122,17 +122,6 @@ def read(folder, cells):
     return records, stale
 
 
-def results_of(name, cells):
-    """{id: result} of another experiment's cells, which `python -m benchmarks.run` has stored."""
-    found, _ = read(RESULTS / name, cells)
-    if missing := [cell["id"] for cell in cells if cell["id"] not in found]:
-        raise RuntimeError(
-            f"This builds on {len(missing)} cells of {name} that are not stored: "
-            f"python -m benchmarks.run {name} --only {missing[0]}"
-        )
-    return {name: record["result"] for name, record in found.items()}
-
-
 def write(folder, cell, result, seconds, origin):
     """Stores a finished cell; a file is there as a whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ import bert
 import glue
 import optimizers
 from benchmarks import experiments
-from benchmarks.finetuning_methods import FIRST, HELD_OUT, METHODS, REST
+from benchmarks.finetuning_methods import FIRST, HELD_OUT, LAST, METHODS, REST
 from benchmarks.finetuning_report import again, report
 
 __all__ = ["again", "cells", "report", "run"]
@@ -38,7 +38,7 @@ class Size(NamedTuple):
     max_len: dict  # tokens in training and in scoring; longer texts are cut
     epochs: dict  # by number of examples
     tuned_at: dict  # number of examples at which the hyperparameters are chosen, by the same
-    rest: tuple  # the numbers of examples at which the rest of the methods are run, too
+    methods: dict  # by number of examples, groups of which each is finished before the next
 
 
 # On a CPU a step takes time in proportion to the length: in training these cut 1 % of CoLA, 5 % of
@@ -46,10 +46,13 @@ class Size(NamedTuple):
 SHORT = {"cola": (24, 32), "stsb": (48, 64), "sst2": (32, 64), "rte": (64, 96)}
 LONG = dict.fromkeys(SHORT, (256, 256))
 PLANS = {
-    "cpu": Size((256, 1024), 3, SHORT, {256: 4, 1024: 3}, {256: 256, 1024: 256}, (256,)),
+    "cpu": Size(
+        (256, 1024), 3, SHORT, {256: 4, 1024: 3}, {256: 256, 1024: 256},
+        {256: (FIRST, REST), 1024: (FIRST,)},
+    ),
     "full": Size(
         (256, 1024, None), 10, LONG, {256: 6, 1024: 6, None: 3},
-        {256: 256, 1024: 1024, None: 1024}, (256, 1024, None),
+        {256: 256, 1024: 1024, None: 1024}, dict.fromkeys((256, 1024, None), (FIRST, REST, LAST)),
     ),
 }  # fmt: skip
 SHARED = {"batch_size": 16, "rank": 8, "update_proj_gap": 20}
@@ -58,7 +61,7 @@ SHARED = {"batch_size": 16, "rank": 8, "update_proj_gap": 20}
 def cells(size):
     plan, made = PLANS[size], []
     for examples in plan.examples:
-        for names in (FIRST, REST if examples in plan.rest else ()):
+        for names in plan.methods[examples]:
             for task in plan.max_len:
                 for name in names:
                     made += _of_method(size, plan, examples, task, name)
@@ -67,7 +70,7 @@ def cells(size):
 
 def _of_method(size, plan, examples, task, name):
     method, (train_len, score_len) = METHODS[name], plan.max_len[task]
-    epochs = plan.epochs[examples]
+    epochs = method.longer * plan.epochs[examples]
     # In forward passes of a token; all examples are a guess, made without the data.
     work = method.passes * train_len * (examples or 8000) * epochs
     common = {

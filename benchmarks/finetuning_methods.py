@@ -36,7 +36,8 @@ class Method(NamedTuple):
 
     `split(params, rank, seed)` gives (what is trained, what is frozen) and `join` the params of
     both; `build(learning_rate, settings)` and `call` are as in optimizers.Entry. `passes` is what
-    a step costs in forward passes, for estimates of time.
+    a step costs in forward passes, for estimates of time; `longer` how many times the epochs of
+    the others it is trained; `factor` lies between its learning rates.
     """
 
     build: Callable
@@ -46,11 +47,13 @@ class Method(NamedTuple):
     call: Callable = optimizers.call_with_value_fn
     split: Callable = lambda params, rank, seed: (params, ())
     join: Callable = lambda trained, frozen: trained
+    longer: int = 1
+    factor: float = FACTOR
 
     def trials(self):
         """(learning rate, radius or None) of each trial."""
-        lowest = self.middle * FACTOR ** (-(TRIALS - 1) / 2)
-        rates = [float(f"{lowest * FACTOR**i:.3g}") for i in range(TRIALS)]
+        lowest = self.middle * self.factor ** (-(TRIALS - 1) / 2)
+        rates = [float(f"{lowest * self.factor**i:.3g}") for i in range(TRIALS)]
         if not self.radii:
             return [(rate, None) for rate in rates]
         return list(itertools.product(rates[1::2], self.radii))
@@ -123,7 +126,11 @@ METHODS = {
     "vlorp": Method(_known("vlorp"), 1.8e-4),
     "adazo_sam": Method(_known("adazo_sam"), 1.8e-4, BLIND, passes=5),
     "lorenza_plus": Method(_of(lorenza_optax.lorenza_plus), 2.5e-4, BLIND, passes=5),
+    # Forward passes only: ten times the steps, and learning rates of which nobody knows the scale.
+    "lozo": Method(_known("lozo"), 3e-5, passes=2, longer=10, factor=4.0),
+    "mezo": Method(_known("mezo"), 3e-5, passes=2, longer=10, factor=4.0),
 }
 # What is complete first.
 FIRST = ("adamw", "galore", "sam", "lorenza_zo", "lorenza_subspace")
-REST = tuple(name for name in METHODS if name not in FIRST)
+REST = ("lora", "fira", "lorenza_plus", "vlorp", "adazo_sam", "lozo")
+LAST = ("mezo",)  # on a CPU the drawing of its noise takes longer than its passes

@@ -7,15 +7,9 @@ import numpy as np
 from matplotlib import pyplot
 from scipy import stats
 
-from benchmarks import (
-    experiments,
-    finetuning_report,
-    pretraining_report,
-    rank_correlation,
-    tables,
-)
+from benchmarks import experiments, rank_correlation, tables
+from benchmarks.tables import NAMES
 
-NAMES = finetuning_report.NAMES | pretraining_report.NAMES
 TITLES = {"finetuning": "Fine-tuning", "pretraining": "Pre-training"}
 MEASURES = {
     "largest": "largest eigenvalue",
@@ -161,7 +155,11 @@ def _shown(logs):
 def _ratios(here, methods, tasks):
     columns = [(measure, part) for measure in MEASURES for part in PARTS]
     rows = [
-        [NAMES[method], name, *(_shown(_log_ratios(here, method, *c, only)) for c in columns)]
+        [
+            NAMES[method],
+            name,
+            *(_shown(_log_ratios(here, method, *c, only)) for c in columns),
+        ]
         for method in methods
         if method != BASELINE and any(_log_ratios(here, method, *c) for c in columns)
         for name, only in [*((t, t) for t in tasks), *([("all", None)] if len(tasks) > 1 else [])]

@@ -19,6 +19,8 @@ NAMES = {
     "lora": "LoRA",
     "vlorp": "VLoRP",
     "adazo_sam": "AdaZo-SAM",
+    "lozo": "LOZO, 10 times the steps",
+    "mezo": "MeZO, 10 times the steps",
     "muon": "Muon",
 }
 

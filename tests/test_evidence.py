@@ -204,7 +204,14 @@ def test_intervals_have_the_width_that_theory_gives():
 # Fine-tuning.
 
 LENGTHS = {"sst2": (8, 9), "stsb": (8, 8)}
-NANO = finetuning.Size((20, 24), 2, LENGTHS, {20: 2, 24: 1}, {20: 20, 24: 20}, (20,))
+NANO = finetuning.Size(
+    (20, 24),
+    2,
+    LENGTHS,
+    {20: 2, 24: 1},
+    {20: 20, 24: 20},
+    {20: (("adamw",), ("lora",)), 24: (("adamw",),)},
+)
 
 
 @pytest.fixture
@@ -234,8 +241,6 @@ def nano(tmp_path, monkeypatch):
 
 def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
     kept = {name: finetuning_methods.METHODS[name] for name in ("adamw", "lora")}
-    monkeypatch.setattr(finetuning, "FIRST", ("adamw",))
-    monkeypatch.setattr(finetuning, "REST", ("lora",))
     monkeypatch.setattr(
         finetuning, "METHODS", {name: m._replace(middle=2e-2) for name, m in kept.items()}
     )
@@ -316,7 +321,11 @@ def test_every_method_has_the_same_budget():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", finetuning_methods.METHODS)
-def test_learning_rate_radius_and_seed_reach_the_compiled_step(nano, name):
+def test_learning_rate_radius_and_seed_reach_the_compiled_step(nano, name, monkeypatch):
+    groups = {20: ((name,),), 24: ()}
+    monkeypatch.setattr(
+        finetuning, "PLANS", {"cpu": finetuning.PLANS["cpu"]._replace(methods=groups)}
+    )
     cell = next(c for c in finetuning.cells("cpu") if f"sst2-{name}-tune0" in c["id"])
     rho = cell["rho"]
 
