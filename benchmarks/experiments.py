@@ -47,7 +47,7 @@ RESULTS_DIR = "LORENZA_RESULTS_DIR"  # set by --out, for those that read another
 class Section(NamedTuple):
     """An experiment's part of RESULTS.md, in Markdown."""
 
-    findings: list[str]  # sentences, made from the stored numbers
+    findings: list[str]  # sentences made from the stored numbers; the first is for all readers
     body: list[str]  # lines
 
 

@@ -45,8 +45,9 @@ def build(folder, names=None):
             if not records:
                 continue
             part = experiment.report(size, cells, records, here)
-            findings += part.findings
-            body += ["", *_completeness(size, cells, records, stale), "", *part.body]
+            findings += part.findings[:1]  # for readers in a hurry
+            found = [f"- {finding}" for finding in part.findings]
+            body += ["", *found, "", *_completeness(size, cells, records, stale), "", *part.body]
             origins |= {_origin(record): None for record in records.values()}
         body = body or ["", "No cell is finished."]
         sections += ["", f"## {name}", *body, *_origins(origins)]

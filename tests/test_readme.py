@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import sys
 
 import jax
@@ -83,6 +84,23 @@ def test_ci_runs_the_test_command():
     assert "examples/pretrain.py" in commands[0][1]
     assert "-m pytest" in commands[1][1]
     assert "<!-- test -->" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_figure_stands_in_the_results():
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", " ", README, flags=re.DOTALL)
+    prose = re.sub(r"(arXiv|Python) [\d.]+", "", prose)
+    figures = set(re.findall(r"\d+\.\d+|[+-]\d+ %|\b\d+ %", prose))
+    assert len(figures) > 50
+    missing = {figure for figure in figures if figure not in results}
+    assert not missing
+
+
+def test_results_are_built_from_what_is_stored(tmp_path):
+    from benchmarks import experiments, report
+
+    copied = shutil.copytree(experiments.RESULTS, tmp_path / "results")  # plots are made there
+    assert (ROOT / "benchmarks" / "RESULTS.md").read_text() == report.build(copied)
 
 
 def test_the_main_jobs_table_is_the_stored_one():
