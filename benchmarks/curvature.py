@@ -27,6 +27,7 @@ class Spectrum(NamedTuple):
 
 
 class Rise(NamedTuple):
+    centre: float  # the loss there
     rise: float  # the worst loss seen, minus that at the centre
     path: list[float]  # the rise after each step
 
@@ -86,7 +87,7 @@ def worst_rise(loss, params, batches, rho, steps, scale=None):
         else:
             value = at.value(u_P, batches)
         path.append(float(value - centre))
-    return Rise(max(path), path)
+    return Rise(float(centre), max(path), path)
 
 
 def random_rise(loss, params, batches, rho, directions, key, scale=None):
@@ -101,11 +102,6 @@ def random_rise(loss, params, batches, rho, directions, key, scale=None):
         u_P = (rho / jnp.linalg.norm(u_P) * u_P).astype(at.centre_P.dtype)
         rises += [float(at.value(sign * u_P, batches) - centre) for sign in (1, -1)]
     return float(np.mean(rises))
-
-
-def mean_loss(loss, params, batches):
-    at = _At(loss, params, None)
-    return float(at.value(jnp.zeros_like(at.centre_P), batches))
 
 
 class _At:

@@ -3,30 +3,24 @@
 import math
 import statistics
 
-import numpy as np
 from matplotlib import pyplot
-from scipy import stats
 
-from benchmarks import experiments, rank_correlation, tables
+from benchmarks import experiments, flatness_findings, tables
+from benchmarks.flatness_findings import (
+    BASELINE,
+    MEASURES,
+    PARTS,
+    TITLES,
+    correlation,
+    log_ratios,
+    shown,
+)
 from benchmarks.tables import NAMES
-
-TITLES = {"finetuning": "Fine-tuning", "pretraining": "Pre-training"}
-MEASURES = {
-    "largest": "largest eigenvalue",
-    "rise": "worst rise",
-    "relative_rise": "relative worst rise",
-}
-PARTS = ("train", "test")
-BASELINE = "galore"
-SUBJECTS = ("lorenza_zo", "lorenza", "lorenza_subspace", "lorenza_plus")
-LEVEL = 0.05
 
 
 def report(size, cells, records, folder):
-    runs = _runs(cells, records)
-    findings, body = [], [*_explanation(cells[0])]
-    for kind in dict.fromkeys(key[0] for key in runs):
-        here = {key[1:]: results for key, results in runs.items() if key[0] == kind}
+    by_kind, findings, body = _runs(cells, records), [], [*_explanation(cells[0])]
+    for kind, here in by_kind.items():
         tasks = list(dict.fromkeys(task for task, _ in here))
         methods = list(dict.fromkeys(method for _, method in here))
         body += ["", f"### {TITLES[kind]} ({size} size)", "", _sameness(here)]
@@ -36,18 +30,43 @@ def report(size, cells, records, folder):
         path = folder / f"flatness-{size}-{kind}.png"
         _plot(here, tasks, path)
         body += ["", f"![Flatness and score](results/{folder.name}/{path.name})"]
-        findings += _flatter(kind, size, here, methods)
-        findings += _goes_with_score(kind, size, here, tasks)
-    return experiments.Section(findings, body)
+        findings += flatness_findings.of_kind(kind, size, here)
+    return experiments.Section([*flatness_findings.headline(by_kind), *findings], body)
+
+
+def again(size, cells, records):
+    """Of each table a run of LORENZA: as far off, on a scale of ratios, as its seeds are."""
+    expected = []
+    for kind, here in _runs(cells, records).items():
+        for (task, method), by_seed in here.items():
+            values = [_eigenvalue(result) for result in by_seed.values()]
+            if method not in ("lorenza_zo", "lorenza") or len(values) < 2 or min(values) <= 0:
+                continue
+            edges = map(math.exp, tables.prediction_edges([math.log(v) for v in values]))
+            key = kind, task, method, next(iter(by_seed))
+            [cell] = [c["id"] for c in cells if key == _key(c)]
+            expected.append(
+                experiments.Expectation(cell, "largest eigenvalue, train", _eigenvalue, *edges)
+            )
+    return expected
+
+
+def _eigenvalue(result):
+    found = result["train"]["largest"]
+    return -math.inf if found is None else found
+
+
+def _key(cell):
+    return cell["kind"], cell["task"], cell["method"], cell["seed"]
 
 
 def _runs(cells, records):
-    """{(kind, task, method): results by seed}."""
+    """{kind: {(task, method): results by seed}}."""
     found = {}
     for cell in cells:
         if record := records.get(cell["id"]):
-            key = cell["kind"], cell["task"], cell["method"]
-            found.setdefault(key, {})[cell["seed"]] = record["result"]
+            kind, task, method, seed = _key(cell)
+            found.setdefault(kind, {}).setdefault((task, method), {})[seed] = record["result"]
     return found
 
 
@@ -78,7 +97,7 @@ def _sameness(here):
     gaps = [d for r in results for d in r["differences"].values() if d is not None]
     if gaps:
         text += f" (losses and predictions differ by at most {100 * max(gaps):.2g} %)"
-    return text + "; so close a rerun should come to the losses below, and to 10 % to the rest."
+    return text + ". A rerun elsewhere should land where one more seed would."
 
 
 def _values(here, task):
@@ -117,56 +136,21 @@ def _spread(values):
     return f"{statistics.fmean(values):.3g}{spread}"
 
 
-# Ratios to GaLore.
-
-
-def _log_ratios(here, method, measure, part, only=None):
-    """Of all pairs of a task and a seed that both have; those without a logarithm are left out."""
-    pairs = [
-        (result[part][measure], here[task, BASELINE][seed][part][measure])
-        for (task, name), by_seed in here.items()
-        if name == method and (task, BASELINE) in here and only in (None, task)
-        for seed, result in by_seed.items()
-        if seed in here[task, BASELINE]
-    ]
-    return [math.log(a / b) for a, b in pairs if a is not None and b is not None and min(a, b) > 0]
-
-
-def _interval(logs):
-    """(ratio, low, high); the bounds are None for one pair."""
-    mean = statistics.fmean(logs)
-    if len(logs) == 1:
-        return math.exp(mean), None, None
-    half = stats.t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / len(logs) ** 0.5
-    return tuple(_exp(x) for x in (mean, mean - half, mean + half))
-
-
-def _exp(x):
-    return math.exp(x) if x < 700 else math.inf
-
-
-def _shown(logs):
-    if not logs:
-        return "-"
-    ratio, low, high = _interval(logs)
-    return f"{ratio:.2f}" + (" (one pair)" if low is None else f" ({low:.2g} to {high:.2g})")
-
-
 def _ratios(here, methods, tasks):
     columns = [(measure, part) for measure in MEASURES for part in PARTS]
     rows = [
         [
             NAMES[method],
             name,
-            *(_shown(_log_ratios(here, method, *c, only)) for c in columns),
+            *(shown(log_ratios(here, method, *c, only)) for c in columns),
         ]
         for method in methods
-        if method != BASELINE and any(_log_ratios(here, method, *c) for c in columns)
+        if method != BASELINE and any(log_ratios(here, method, *c) for c in columns)
         for name, only in [*((t, t) for t in tasks), *([("all", None)] if len(tasks) > 1 else [])]
     ]
     if not rows:
         return [f"Nothing to compare with {NAMES[BASELINE]} yet."]
-    pairs = max(len(_log_ratios(here, m, *c)) for m in methods for c in columns if m != BASELINE)
+    pairs = max(len(log_ratios(here, m, *c)) for m in methods for c in columns if m != BASELINE)
     return [
         f"Ratios to {NAMES[BASELINE]} of the same task and seed, geometric means with intervals, "
         f"of at most {pairs} pairs; below 1 is flatter:",
@@ -175,59 +159,11 @@ def _ratios(here, methods, tasks):
     ]
 
 
-def _flatter(kind, size, here, methods):
-    parts = []
-    for method in SUBJECTS:
-        logs = {m: _log_ratios(here, method, m, "train") for m in MEASURES}
-        if method in methods and logs["largest"]:
-            ratios = [f"{MEASURES[m]} {_shown(values)}" for m, values in logs.items() if values]
-            parts.append(f"{NAMES[method]} is {_verdict(logs)} ({'; '.join(ratios)})")
-    if not parts:
-        return []
-    return [
-        f"{TITLES[kind]} ({size} size): against {NAMES[BASELINE]}, as ratios on training examples, "
-        f"{', '.join(parts)}."
-    ]
-
-
-def _verdict(logs):
-    intervals = [_interval(values) for values in logs.values() if values]
-    flatter = sum(high is not None and high < 1 for _, _, high in intervals)
-    sharper = sum(low is not None and low > 1 for _, low, _ in intervals)
-    if flatter and sharper:
-        return "by one measure flatter and by another sharper"
-    if flatter or sharper:
-        word, count = ("flatter", flatter) if flatter else ("sharper", sharper)
-        return f"{word}, by {count} of {len(intervals)} measures"
-    return "not shown to be flatter or sharper"
-
-
-# Flatness and score.
-
-
-def _correlation(here, task, measure, part):
-    """(Spearman's, p-value, number of methods, number of seeds), or None."""
-    runs = {method: by_seed for (of, method), by_seed in here.items() if of == task}
-    finite = {
-        m: {s for s, r in by_seed.items() if None not in (r[part][measure], r["score"])}
-        for m, by_seed in runs.items()
-    }
-    seeds = sorted(set().union(*finite.values()))
-    whole = [m for m in runs if seeds and finite[m] == set(seeds)]
-    if len(whole) < 4:
-        return None  # of three methods no order is rare
-    flatness, scores = (
-        np.array([[of(runs[m][s]) for s in seeds] for m in whole])
-        for of in (lambda r: r[part][measure], lambda r: r["score"])
-    )
-    return *rank_correlation.of_methods(flatness, scores), len(whole), len(seeds)
-
-
 def _correlations(here, tasks):
     columns = [(measure, part) for measure in MEASURES for part in PARTS]
     rows, counts = [], []
     for task in tasks:
-        found = [_correlation(here, task, *column) for column in columns]
+        found = [correlation(here, task, *column) for column in columns]
         counts += [f"{f[2]} methods and {f[3]} seeds" for f in found if f]
         rows.append([task, *("-" if f is None else f"{f[0]:+.2f} (p {f[1]:.2g})" for f in found)])
     if not counts:
@@ -238,36 +174,6 @@ def _correlations(here, tasks):
         "whole methods, as the seeds of one are not independent:",
         "",
         *tables.markdown(["task", *(f"{MEASURES[m]}, {p}" for m, p in columns)], rows),
-    ]
-
-
-def _goes_with_score(kind, size, here, tasks):
-    found = {
-        (task, measure): c
-        for task in tasks
-        for measure in MEASURES
-        if (c := _correlation(here, task, measure, "train"))
-    }
-    if not found:
-        return []
-    words = []
-    for text, sign in (("with flatter models the better", -1), ("with sharper ones the better", 1)):
-        count = sum(p < LEVEL and sign * rho > 0 for rho, p, *_ in found.values())
-        if count:
-            words.append(f"{text} in {count}")
-    verdict = (
-        f"goes with the score ({' and '.join(words)} of {len(found)} correlations at p < {LEVEL})"
-        if words
-        else f"is not shown to go with the score (none of {len(found)} correlations at p < {LEVEL})"
-    )
-    values = ", ".join(
-        f"{task} {rho:+.2f} (p {p:.2g})"
-        for (task, measure), (rho, p, *_) in found.items()
-        if measure == "largest"
-    )
-    return [
-        f"{TITLES[kind]} ({size} size): flatness on training examples {verdict}; Spearman's of "
-        f"the largest eigenvalue with the score: {values}."
     ]
 
 

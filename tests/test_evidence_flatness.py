@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from scipy import optimize, stats
 
 from tests.test_evidence import nano  # noqa: F401
+from tests.test_evidence_pretraining import nano as nano_llama  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -20,6 +21,8 @@ from benchmarks import (  # noqa: E402
     finetuning,
     flatness,
     flatness_report,
+    pretraining,
+    pretraining_runs,
     rank_correlation,
     report,
     run,
@@ -131,6 +134,8 @@ def test_worst_rise_of_a_quadratic_is_that_of_the_closed_form(in_float64, rho, r
     assert found.rise == pytest.approx(expected, rel=1e-3)
     few = curvature.worst_rise(loss, params, batches, rho, 5, scale)
     assert 0.8 * expected < few.rise <= expected * (1 + 1e-9)
+    at_centre = b @ w + 0.5 * w @ quadratic()[3] @ w
+    assert few.centre == pytest.approx(at_centre)
     # The first step ends at SAM's point.
     first = rho * slope / np.linalg.norm(slope)
     assert few.path[0] == pytest.approx(slope @ first + 0.5 * first @ a @ first)
@@ -239,6 +244,31 @@ def test_from_a_record_of_fine_tuning_to_the_report(nano, monkeypatch, capsys, t
     assert "0 of 1 models came out as recorded" in report.build(nano, ["flatness"])
 
 
+@pytest.mark.slow
+def test_from_a_record_of_pre_training(nano_llama, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(flatness, "SETTINGS", {**flatness.SETTINGS, "measured": 5})
+    source = next(c for c in pretraining.cells("cpu") if c["id"] == "cpu-a-stdlib-lorenza-seed0")
+    chosen = {"matrices_rate": 1e-2, "others_rate": 1e-2, "validation_loss": 1.0}
+    recorded = pretraining.run(source, Silent(), {"": chosen})
+    experiments.write(nano_llama / "pretraining", source, recorded, 1.0, experiments.origin())
+    name = f"pretraining-{source['id']}"
+    assert run.main(["flatness", "--out", nano_llama, "--only", name]) == 0
+    [record] = experiments.read(nano_llama / "flatness", flatness.cells("cpu"))[0].values()
+    result = record["result"]
+    assert result["is_same"], result["differences"]
+    assert result["score"] == -recorded["validation_loss"]
+    # The measured batches are 3 of 2 sequences; by hand, at the trained model.
+    params = pretraining_runs.train(source, chosen, Silent()).params
+    data = pretraining_runs.data_of(source)
+    for part, batches in (
+        ("train", [pretraining_runs.train_batch(source, data, step) for step in (0, 2, 5)]),
+        ("test", pretraining_runs.validation_batches(source, data)[[0, 4, 8]]),
+    ):
+        losses = [float(pretraining_runs.loss_of(source)(params, batch)) for batch in batches]
+        assert result[part]["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert "minus the validation loss" in report.build(nano_llama, ["flatness"])
+
+
 def stored(factor):
     """Cells and records of two tasks, five methods, three seeds; LORENZA's sharpness given."""
     rng = np.random.default_rng(0)
@@ -262,15 +292,17 @@ def stored(factor):
 
 @pytest.mark.parametrize(
     ("factor", "words"),
-    [(0.5, "is flatter, by 3 of 3 measures"), (9, "is sharper, by 3 of 3 measures"),
+    [(0.5, "is flatter (by 3 of 3 measures)"), (9, "is sharper (by 3 of 3 measures)"),
      (2, "is not shown to be flatter or sharper")],
 )  # fmt: skip
 def test_findings_follow_the_numbers(tmp_path, monkeypatch, factor, words):
     monkeypatch.setattr(flatness_report, "_plot", lambda *arguments: None)  # drawn elsewhere
     cells, records = stored(factor)
     found = flatness_report.report("cpu", cells, records, tmp_path)
-    flatter, goes = found.findings
-    assert f"LORENZA, zo {words}" in flatter
+    headline, zo, subspace, goes = found.findings
+    assert f"LORENZA, zo {words} than GaLore (" in headline
+    assert f"LORENZA, zo {words} than GaLore on" in zo
+    assert "LORENZA, subspace is sharper" in subspace
     # Independently: the mean of logarithms and its t interval.
     logs = [
         np.log(records[f"{t}-lorenza_zo-{s}"]["result"]["train"]["largest"]
@@ -278,12 +310,19 @@ def test_findings_follow_the_numbers(tmp_path, monkeypatch, factor, words):
         for t in ("sst2", "stsb") for s in range(3)
     ]  # fmt: skip
     low, high = np.exp(stats.ttest_1samp(logs, 0).confidence_interval())
-    expected = f"largest eigenvalue {np.exp(np.mean(logs)):.2f} ({low:.2g} to {high:.2g})"
-    assert expected in flatter
-    assert "goes with the score (with flatter models the better in 6 of 6 correlations" in goes
+    expected = f"{np.exp(np.mean(logs)):.2f} ({low:.2g} to {high:.2g})"
+    assert f"largest eigenvalue of the Hessian {expected} times GaLore's" in headline
+    assert f"largest eigenvalue train {expected}" in zo
+    for text in (headline, goes):
+        assert "goes with the score (flatter models score higher in 6 of 6 correlations" in text
     assert "sst2 -1.00 (p 0.017)" in goes or "sst2 -1.00 (p 0.0083)" in goes
     table = "\n".join(found.body)
     assert re.search(r"\| GaLore \| 3 \| 0.1 ± 0 \|", table), table
+    # What is stored lies within the interval of a rerun.
+    expectations = flatness.again("cpu", cells, records)
+    assert [e.cell for e in expectations] == ["sst2-lorenza_zo-0", "stsb-lorenza_zo-0"]
+    for e in expectations:
+        assert e.low < e.value(records[e.cell]["result"]) < e.high < 1.2 * e.low
 
 
 def test_report_has_room_for_runs_that_diverged(tmp_path):  # and draws two tasks
