@@ -80,8 +80,8 @@ def _finished(cells, records):
 def _explanation():
     return [
         "MiniLM-L6 (22.6 M parameters) on RTE, CoLA, SST-2 and STS-B. Each method has six trials "
-        "of tuning, over the learning rate and, where there is one, the radius; they are scored on "
-        f"{HELD_OUT} other examples of the train set. Its best trial is then trained on "
+        "of tuning, at as many learning rates, and where there is a radius at two of it in turns, "
+        f"scored on {HELD_OUT} other examples of the train set. Its best trial is then trained on "
         "other draws, one for each seed, and scored on the development set; of one seed all "
         "methods see the same examples in the same order. Scores are in points (100 times the "
         "metric): accuracy for RTE and SST-2, Matthews' correlation for CoLA, Pearson's for STS-B.",
