@@ -19,7 +19,7 @@ from benchmarks.tables import NAMES
 
 
 def report(size, cells, records, folder):
-    by_kind, findings, body = _runs(cells, records), [], [*_explanation(cells[0])]
+    by_kind, findings, body = _runs(cells, records), [], [*_explanation(cells)]
     for kind, here in by_kind.items():
         tasks = list(dict.fromkeys(task for task, _ in here))
         methods = list(dict.fromkeys(method for _, method in here))
@@ -70,10 +70,13 @@ def _runs(cells, records):
     return found
 
 
-def _explanation(cell):
+def _explanation(cells):
+    cell = cells[0]
+    counts = {TITLES[c["kind"]].lower(): c["measured"] for c in cells}
+    measured = " and ".join(f"{count} ({kind})" for kind, count in counts.items())
     return [
         "The final models, trained anew at the hyperparameters that were tuned for each method, "
-        f"and the loss about them, in the mean over {cell['measured']} examples of their train "
+        f"and the loss about them, in the mean over {measured} examples of their train "
         "set and as many held-out ones, the same for all methods of a seed. Largest eigenvalue: "
         "of the Hessian of all parameters, by Lanczos, until the residual is below "
         f"{100 * cell['tolerance']:g} % of it. Worst rise: the most that the loss rises at a "

@@ -209,7 +209,7 @@ class Silent:
 @pytest.mark.parametrize("task", ["sst2", pytest.param("stsb", marks=pytest.mark.slow)])
 def test_from_a_record_of_fine_tuning_to_the_report(nano, monkeypatch, capsys, task):  # noqa: F811
     monkeypatch.setattr(flatness, "EXAMPLES", 20)
-    monkeypatch.setattr(flatness, "SETTINGS", {**flatness.SETTINGS, "measured": 8})
+    monkeypatch.setitem(flatness.MEASURED, "finetuning", 8)
     source = next(
         c for c in finetuning.cells("cpu") if c["id"] == f"cpu-20-{task}-adamw-seed0"
     )  # fmt: skip
@@ -246,7 +246,7 @@ def test_from_a_record_of_fine_tuning_to_the_report(nano, monkeypatch, capsys, t
 
 @pytest.mark.slow
 def test_from_a_record_of_pre_training(nano_llama, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(flatness, "SETTINGS", {**flatness.SETTINGS, "measured": 5})
+    monkeypatch.setitem(flatness.MEASURED, "pretraining", 5)
     source = next(c for c in pretraining.cells("cpu") if c["id"] == "cpu-a-stdlib-lorenza-seed0")
     chosen = {"matrices_rate": 1e-2, "others_rate": 1e-2, "validation_loss": 1.0}
     recorded = pretraining.run(source, Silent(), {"": chosen})
@@ -277,7 +277,7 @@ def stored(factor):
     for task, method, seed in itertools.product(("sst2", "stsb"), methods, range(3)):
         name = f"{task}-{method}-{seed}"
         cells.append({"id": name, "kind": "finetuning", "task": task, "method": method,
-                      "seed": seed, **flatness.SETTINGS})  # fmt: skip
+                      "seed": seed, "measured": 64, **flatness.SETTINGS})  # fmt: skip
         sharpness = 10 * (factor if method == "lorenza_zo" else methods.index(method) + 1)
         sharpness *= np.exp(0.01 * rng.normal())
         part = {"loss": 0.1, "largest": sharpness, "smallest": -1.0, "residual": 0.01,
