@@ -118,8 +118,8 @@ def run(cell, display, needed):
 def fine_tune(cell, hyperparameters, display):
     """Trains, scores, and says how it went."""
     task = glue.TASKS[cell["task"]]
-    dataset = _dataset(cell["task"], experiments.data_dir())
-    tokenizer = _checkpoint(CHECKPOINT, cell["task"])[1].tokenizer
+    dataset = dataset_of(cell["task"], experiments.data_dir())
+    tokenizer = checkpoint_of(CHECKPOINT, cell["task"])[1].tokenizer
     if cell["kind"] == "tuning":
         both = batches.subset(dataset.train, cell["examples"] + HELD_OUT, cell["seed"])
         train, scored = both[: cell["examples"]], both[cell["examples"] :]
@@ -133,7 +133,7 @@ def fine_tune(cell, hyperparameters, display):
     train["labels"] = train["labels"] - np.asarray(shift, train["labels"].dtype)
 
     trained = training(cell, hyperparameters, train, display)
-    scores = _scores(cell["task"], trained.params, scored)
+    scores = scores_of(cell["task"], trained.params, scored)
     labels = scored["labels"]
     if task.labels:
         predictions = scores.argmax(axis=1)
@@ -222,7 +222,7 @@ def _program(checkpoint, task, name, max_len, batch_size, rank, update_proj_gap,
 
     Learning rate and radius are arguments of the step, so all trials and seeds share it.
     """
-    method, (config, files) = METHODS[name], _checkpoint(checkpoint, task)
+    method, (config, files) = METHODS[name], checkpoint_of(checkpoint, task)
     loss = bert.loss_of(config)
 
     def build(rate, rho, seed):
@@ -257,13 +257,13 @@ def _program(checkpoint, task, name, max_len, batch_size, rank, update_proj_gap,
     return compiled, init, method.join, time.perf_counter() - started
 
 
-def _scores(task, params, data):
+def scores_of(task, params, data):
     """Scores of all rows, in batches of one size: the last is filled up with the first row."""
     count = batches.size(data)
     rows = np.zeros(-(-count // EVALUATION_BATCH) * EVALUATION_BATCH, dtype=int)
     rows[:count] = np.arange(count)
     filled = {key: data[key][rows] for key in data if key != "labels"}
-    logits = _logits(_checkpoint(CHECKPOINT, task)[0])
+    logits = _logits(checkpoint_of(CHECKPOINT, task)[0])
     parts = [logits(params, part) for part in batches.in_order(filled, EVALUATION_BATCH)]
     return np.concatenate(parts)[:count]
 
@@ -274,11 +274,11 @@ def _logits(config):
 
 
 @functools.cache
-def _checkpoint(folder, task):
+def checkpoint_of(folder, task):
     """(config, files)."""
     return bert.read_config(folder, len(glue.TASKS[task].labels) or 1, "float32")
 
 
 @functools.lru_cache(maxsize=2)
-def _dataset(task, data_dir):
+def dataset_of(task, data_dir):
     return glue.load(task, data_dir)

@@ -165,8 +165,8 @@ def _relative(before, now):
 
 def _fine_tuned(cell, record, display):
     source, task = cell["source"], glue.TASKS[cell["task"]]
-    dataset = finetuning._dataset(cell["task"], experiments.data_dir())
-    config, files = finetuning._checkpoint(finetuning.CHECKPOINT, cell["task"])
+    dataset = finetuning.dataset_of(cell["task"], experiments.data_dir())
+    config, files = finetuning.checkpoint_of(finetuning.CHECKPOINT, cell["task"])
     tokenized = functools.partial(glue.tokenize, files.tokenizer)
     # As in the run of the record.
     train = tokenized(
@@ -179,7 +179,7 @@ def _fine_tuned(cell, record, display):
 
     rows = np.random.default_rng(0).permutation(len(dataset.dev))[: cell["measured"]]
     held_out = [dataset.dev[row] for row in rows]
-    scores = finetuning._scores(
+    scores = finetuning.scores_of(
         cell["task"], trained.params, tokenized(held_out, source["score_len"])
     )
     now = scores.argmax(axis=1) if task.labels else scores[:, 0] + shift

@@ -235,7 +235,7 @@ def nano(tmp_path, monkeypatch):
         lines = [f"x\tx\tx\tx\t{1 + 3 * x}\ta {animal}\ta cat {verb}" for x, animal, verb in rows]
         (tmp_path / "STS-B" / f"sts-{part}.csv").write_text("\n".join(lines))
     monkeypatch.setenv(experiments.DATA_DIR, str(tmp_path))
-    finetuning._dataset.cache_clear()
+    finetuning.dataset_of.cache_clear()
     return tmp_path / "out"
 
 
@@ -346,7 +346,7 @@ def test_learning_rate_radius_and_seed_reach_the_compiled_step(nano, name, monke
 
 
 def test_lora_starts_at_the_checkpoint_and_trains_adapters_and_head(nano):
-    config, files = finetuning._checkpoint(finetuning.CHECKPOINT, "sst2")
+    config, files = finetuning.checkpoint_of(finetuning.CHECKPOINT, "sst2")
     params = finetuning.bert.read_parameters(files, config, 0)
     trained, frozen = finetuning_methods.lora_split(params, 4, seed=0)
     joined = finetuning_methods.lora_join(trained, frozen)
