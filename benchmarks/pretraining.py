@@ -16,11 +16,11 @@ TUNING_SEED = 1000
 
 
 TEXTS = ("stdlib", "text")  # Python's standard library; the zips of speeches and news
-SHARED = {"batch_size": 16, "seq_len": 128, "update_proj_gap": 20, "rho": 0.05, "arguments": {}}
+SHARED = {"batch_size": 8, "seq_len": 128, "update_proj_gap": 20, "rho": 0.05, "arguments": {}}
 FULL = {"batch_size": 128, "seq_len": 256, "update_proj_gap": 100}
 SWEPT = ("lorenza", "galore")
 RANKS = {"0.5M": (4, 8, 16, 48, 96), "60M": (8, 32, 64, 256, 512)}  # and the model's own
-GAPS = {"0.5M": (5, 10, 50, 100, 300), "60M": (20, 50, 200, 500, 2000)}  # and the shared one
+GAPS = {"0.5M": (5, 10, 50, 100, 250), "60M": (20, 50, 200, 500, 2000)}  # and the shared one
 
 
 def cells(size):

@@ -78,7 +78,7 @@ def _first(cells):
 
 def _explanation():
     return [
-        "Llamas on bytes, batches of 16 sequences of 128. All methods, AdamW too, have two "
+        "Llamas on bytes, batches of 8 sequences of 128. All methods, AdamW too, have two "
         "learning rates, one of the matrices that LORENZA projects and one of all other leaves, "
         f"tuned with {len(METHODS['adamw'].trials())} trials on the smaller model and the "
         "standard library, scored on a twentieth of the train part; these rates serve both models "
