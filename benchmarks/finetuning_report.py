@@ -224,12 +224,12 @@ def _findings(differences, title, size, tasks):
             if "average" in (difference := differences.get((method, baseline), {}))
         ]
         if against:
-            parts.append(f"{_name(method)} is above {', above '.join(against)}")
+            parts.append(f"{_name(method)} against {', against '.join(against)}")
     if not parts:
         return []
     return [
-        f"**Accuracy.** Fine-tuning, {title.lower()} ({size} size), in points of the average over "
-        f"{tasks} tasks: {'; '.join(parts)}. Published for LORENZA over low-rank baselines: +2.8."
+        f"**Accuracy.** Fine-tuning, {title.lower()} ({size} size), difference in points, average "
+        f"over {tasks} tasks: {'; '.join(parts)}. Published for LORENZA over low-rank baselines: +2.8."
     ]
 
 

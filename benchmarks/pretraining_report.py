@@ -186,7 +186,7 @@ def _findings(size, model, finals):
     parts = []
     for method in SUBJECTS:
         against = [
-            f"{tables.t_interval(pairs, '%')} above {tables.NAMES[baseline]}'s"
+            f"{tables.t_interval(pairs, '%')} to {tables.NAMES[baseline]}'s"
             for baseline in BASELINES
             if (pairs := _paired(model, finals, method, baseline))
         ]
