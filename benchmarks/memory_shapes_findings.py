@@ -24,11 +24,16 @@ def saved(runs, subject, base, measure):
     return 1 - value(runs[subject]) / value(runs[base])
 
 
-def findings(size, shapes):
+def kept(run):
+    return run["weights"] + run["state"]
+
+
+def findings(size, shapes, roberta):
+    found = [_on_limit(size, run) for run in roberta[:1]]
     if not shapes:
-        return []
-    headline = _on_headline(size, shapes)
-    found = [headline] if headline else []
+        return found
+    if headline := _on_headline(size, shapes):
+        found.insert(0, headline)
     preset = list(shapes)[-1][0]  # the largest
     for subject in FEATURED:
         parts = []
@@ -46,6 +51,18 @@ def findings(size, shapes):
                 f"{METHODS[subject].name} is {'; '.join(parts)}."
             )
     return found
+
+
+def _on_limit(size, run):
+    names = {"LORENZA": "lorenza", "with embeddings projected, too,": "lorenza_embedding"}
+    shares = {text: 1 - kept(run[name]) / kept(run["adamw"]) for text, name in names.items()}
+    limit = 1 - run["adamw"]["weights"] / kept(run["adamw"])
+    parts = [f"{text} {100 * share:.1f} %" for text, share in shares.items()]
+    return (
+        f"Memory, {size} size, counted as weights and state alone (RoBERTa-base, rank "
+        f"{run['rank']}, bfloat16), less than AdamW takes {', '.join(parts)}; a method without any "
+        f"state would take {100 * limit:.1f} % less. In this count that is the most there can be."
+    )
 
 
 def _less(share):

@@ -11,6 +11,7 @@ from benchmarks.memory_shapes_findings import (
     SUBJECTS,
     counted,
     findings,
+    kept,
     saved,
 )
 
@@ -44,9 +45,10 @@ def report(size, cells, records, folder):
     for (preset, rank), runs in shapes.items():
         body += ["", f"### {preset}, rank {rank} ({size} size)", "", *_table_of(runs)]
     body += _others(steps, main)
-    body += _roberta([run for run in finished if run["kind"] == "count"])
+    roberta = [run for run in finished if run["kind"] == "count"]
+    body += _roberta(roberta)
     body += _really_run(usual)
-    return experiments.Section(findings(size, shapes), body)
+    return experiments.Section(findings(size, shapes, roberta), body)
 
 
 def by_shape(cells, runs):
@@ -89,7 +91,10 @@ def _explanation(main):
         "quantization (`moment_dtype`) with nothing projected. LoRA's adapters stand on the "
         "matrices that LORENZA projects, and their product is never formed. GaLore holds a full "
         "gradient at every step, LORENZA by default at a refresh: the peak of a training run is "
-        "that of its refreshes.",
+        "that of its refreshes. At the GaLore paper's ranks, a quarter to a third of the width, "
+        "each low-rank array (projected gradient, moment, update, factor, sketch) is itself a "
+        "quarter of the weights or more, and a refresh holds several of them; at low ranks that "
+        "vanishes.",
         "",
         "What a CPU's compiler plans is not what a GPU's does. It copies donated state through "
         "conditionals, transposes operands for its matrix products, and widens bfloat16 to "
@@ -183,7 +188,7 @@ def _roberta(runs):
                 title,
                 *(_bytes(run[name][key]) for key in ("weights", "gradients", "refresh_gradients")),
                 _bytes(run[name]["state"]),
-                f"{100 * (1 - _kept(run[name]) / _kept(run['adamw'])):.1f}",
+                f"{100 * (1 - kept(run[name]) / kept(run['adamw'])):.1f}",
                 f"{100 * (1 - counted(run[name]) / counted(run['adamw'])):.1f}",
             ]
             for name, title in ROBERTA_NAMES.items()
@@ -201,10 +206,6 @@ def _roberta(runs):
             "forms it, 75 % for one that does not.",
         ]
     return lines
-
-
-def _kept(row):
-    return row["weights"] + row["state"]
 
 
 def _really_run(usual):

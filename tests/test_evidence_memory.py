@@ -11,6 +11,7 @@ from benchmarks import (  # noqa: E402
     experiments,
     memory_model,
     memory_shapes,
+    memory_shapes_findings,
     memory_shapes_report,
 )
 from lorenza_optax.memory import memory_report  # noqa: E402
@@ -176,3 +177,7 @@ def test_cells_and_the_count_of_roberta(tmp_path):
     assert weights == 2 * (encoder + tables + 768 * 769)
     assert rows["adamw"]["state"] == 2 * weights + 4
     assert rows["lorenza_sketch"]["state"] < 0.02 * weights
+    [limit] = memory_shapes_findings.findings("cpu", {}, [{"rank": 4, **rows}])
+    saved = 1 - (weights + rows["lorenza_embedding"]["state"]) / (3 * weights)
+    assert f"projected, too, {100 * saved:.1f} %; a method without any state" in limit
+    assert "66.7 % less" in limit
