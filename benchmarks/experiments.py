@@ -38,6 +38,7 @@ MODULES = {
     "pretraining": "benchmarks.pretraining",
     "flatness": "benchmarks.flatness",
     "ablations": "benchmarks.ablations",
+    "memory": "benchmarks.memory_shapes",
 }
 
 DATA_DIR = "LORENZA_DATA_DIR"  # the environment variable; --data-dir sets it

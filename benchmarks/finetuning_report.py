@@ -229,7 +229,8 @@ def _findings(differences, title, size, tasks):
         return []
     return [
         f"**Accuracy.** Fine-tuning, {title.lower()} ({size} size), difference in points, average "
-        f"over {tasks} tasks: {'; '.join(parts)}. Published for LORENZA over low-rank baselines: +2.8."
+        f"over {tasks} tasks: {'; '.join(parts)}. Published for LORENZA over low-rank "
+        "baselines: +2.8."
     ]
 
 

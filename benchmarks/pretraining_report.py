@@ -191,10 +191,11 @@ def _findings(size, model, finals):
             if (pairs := _paired(model, finals, method, baseline))
         ]
         if against:
-            parts.append(f"that of {tables.NAMES[method]} is {' and '.join(against)}")
+            parts.append(f"of {tables.NAMES[method]} {' and '.join(against)}")
     if not parts:
         return []
-    return [f"**Loss.** Pre-training, {model} parameters ({size} size), validation loss: "
+    return [f"**Loss.** Pre-training, {model} parameters ({size} size), relative difference of the "
+            f"validation loss: "
             f"{'; '.join(parts)}."]  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def test_from_trials_to_the_report_and_the_ablations(nano, monkeypatch):
         for where in ("a-stdlib", "a-text") for s in (0, 1)
     ]  # fmt: skip
     shown = tables.t_interval(pairs, "%")
-    assert f"that of LORENZA, zo is {shown} to AdamW's" in text
+    assert f"of LORENZA, zo {shown} to AdamW's" in text
     assert "at its best rank of those tried" in text
 
     # Run again, the figures are the same; others would be found out.

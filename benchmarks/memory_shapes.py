@@ -1,0 +1,259 @@
+"""What training takes at the shapes of Llamas of 60M to 7B: counted, and of the compiled step.
+
+Weights, gradients and optimizer state are counted from shapes, to the byte. The whole step, with
+weights and state donated and updates applied, is compiled from shapes alone, and XLA says what it
+holds besides. Cells with steps also run: what they allocate is compared with the count, and a GPU
+tells the peak of its allocator.
+"""
+
+import dataclasses
+import math
+import multiprocessing
+import os
+import time
+import warnings
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import llama
+from benchmarks import memory_model, programs
+from benchmarks.memory_methods import METHODS
+from benchmarks.memory_shapes_report import report
+from lorenza_optax import memory
+from lorenza_optax._model_shapes import ModelSizes, abstract_params
+
+__all__ = ["cells", "report", "run"]
+
+# This process holds no GPU memory that its children need, who each run one cell: a peak is that of
+# a process. Read when JAX first looks for a GPU, and of no effect without one.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+# (preset, ranks), the GaLore paper's rank first; what matters most is first, too.
+SHAPES = (
+    ("7B", (1024, 128, 8)), ("60M", (128,)), ("1B", (512,)), ("350M", (256,)), ("130M", (256,)),
+)  # fmt: skip
+BATCH = (1, 256)
+LARGER_BATCHES = (("7B", 128, (16, 256)), ("60M", 128, (64, 256)))
+AT_LARGER = ("adamw", "lora", "galore_randomized", "lorenza_sketch")
+UNROLLED = ("adamw", "galore_optax", "galore_randomized", "lorenza", "lorenza_sketch")
+OTHER_DTYPE = ("adamw", "lorenza_sketch")
+STEPS = 2
+RUN = ("adamw", "lora", "lorenza")
+# At these, which lie between others, a CPU compiles a part of the methods only.
+BETWEEN = ("350M", "130M")
+CORE = ("adamw", "adafactor", "lora", "galore_randomized", "lorenza", "lorenza_sketch",
+        "lorenza_least")  # fmt: skip
+# By shapes alone: RoBERTa-base, a usual subject of fine-tuning in a small rank.
+ROBERTA = ModelSizes(
+    "RoBERTa-base", "bert", 50_265, 768, 3072, 12, 768, 768,
+    frozenset({"qkv", "out", "mlp"}), max_positions=514, num_token_types=1, dtype="bfloat16",
+)  # fmt: skip
+ROBERTA_RANKS = (4, 8)
+# The time to compile is half as long, and what XLA plans to hold is the same to the byte: LLVM's
+# optimizations come after that.
+FAST = {"xla_backend_optimization_level": 0}
+
+
+def cells(size):
+    dtype = "float32" if size == "cpu" else "bfloat16"
+    made = []
+    for preset, ranks in SHAPES:
+        for rank in ranks:
+            for name, method in METHODS.items():
+                left_out = size == "cpu" and preset in BETWEEN and name not in CORE
+                if left_out or not method.scanned:
+                    continue
+                if method.has_rank or rank == ranks[0]:
+                    cell = _cell(size, preset, name, rank, dtype=dtype)
+                    if preset == "60M" and name in RUN:
+                        cell["steps"] = STEPS
+                    made.append(cell)
+    for preset, rank, batch in LARGER_BATCHES:
+        made += [_cell(size, preset, name, rank, dtype=dtype, batch=batch) for name in AT_LARGER]
+    made += [_cell(size, "60M", name, 128, dtype=dtype, scanned=False) for name in UNROLLED]
+    if size == "cpu":
+        made += [_cell(size, "7B", name, 128, dtype="bfloat16") for name in OTHER_DTYPE]
+        made += [_counted(size, rank) for rank in ROBERTA_RANKS]
+    return made
+
+
+def _cell(size, preset, name, rank, *, dtype, batch=BATCH, scanned=True):
+    method = METHODS[name]
+    rank = rank if method.has_rank else None
+    parts = [size, preset, name, f"r{rank}" if method.has_rank else ""]
+    parts += ["x".join(map(str, batch)) if batch != BATCH else "", "" if scanned else "unrolled"]
+    parts += ["bf16" if size == "cpu" and dtype == "bfloat16" else ""]
+    return {
+        "id": "-".join(part for part in parts if part),
+        "kind": "step",
+        "preset": preset,
+        "method": name,
+        "rank": rank,
+        "batch": list(batch),
+        "dtype": dtype,
+        "scanned": scanned,
+        # All run on a GPU, on a CPU a few of the smallest.
+        "steps": STEPS if size == "full" else 0,
+        "seed": 0,
+        "group": f"{name}-{scanned}",
+    }
+
+
+def _counted(size, rank):
+    return {"id": f"{size}-roberta-r{rank}", "kind": "count", "rank": rank, "group": "count"}
+
+
+def run(cell, display, needed):
+    del display, needed
+    if cell["kind"] == "count":
+        return counted_roberta(cell["rank"])
+    if not cell["steps"]:
+        return measured(cell)
+    # In a process of its own, whose peak is that of this cell.
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measured, cell).result()
+
+
+class Program(NamedTuple):
+    """A training step of (trained, opt_state, frozen, tokens), and the shapes of these."""
+
+    tx: Any
+    step: Any
+    trained: Any
+    opt_state: Any
+    frozen: Any
+    tokens: Any
+
+
+def program_of(cell):
+    method, preset = METHODS[cell["method"]], llama.PRESETS[cell["preset"]]
+    config = dataclasses.replace(preset.model, dtype=cell["dtype"])
+    lora_rank = cell["rank"] if method.is_lora else None
+    loss, params = memory_model.abstract(config, lora_rank, cell["scanned"])
+    trained, frozen, join = params, [], lambda trained, frozen: trained
+    if method.is_lora:
+        trained, frozen, join = memory_model.lora_split(params)
+    tx = method.build(cell["rank"], cell["dtype"])
+
+    def step(trained, opt_state, frozen, tokens):
+        value, updates, opt_state = method.call(
+            tx, lambda trained, batch: loss(join(trained, frozen), batch),
+            trained, opt_state, tokens,
+        )  # fmt: skip
+        return method.apply_updates(trained, updates), opt_state, value
+
+    batch, length = cell["batch"]
+    tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No leaf is projected")  # 8-bit AdamW
+        opt_state = jax.eval_shape(tx.init, trained)
+    return Program(tx, step, trained, opt_state, frozen, tokens)
+
+
+def measured(cell):
+    program = program_of(cell)
+    found = counted(cell, program)
+    started = time.perf_counter()
+    lowered = jax.jit(program.step, donate_argnums=(0, 1)).lower(*program[2:])
+    compiled = lowered.compile(FAST if jax.default_backend() == "cpu" else None)
+    found["compile_seconds"] = round(time.perf_counter() - started, 1)
+    analysis = compiled.memory_analysis()
+    kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    found |= {
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes,
+        "aliased": analysis.alias_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "peak": kept - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes,
+        "backend_peak": getattr(analysis, "peak_memory_in_bytes", None),
+    }
+    if cell["steps"]:
+        found["run"] = ran(cell, program, compiled)
+    gigabytes = found["peak"] / 1e9
+    found["summary"] = f"state {found['state'] / 1e9:.3g} GB, peak of the step {gigabytes:.3g} GB"
+    return found
+
+
+def counted(cell, program):
+    """Bytes by shapes: weights, gradients of a usual update and of one with a refresh, state."""
+    trained = programs.tree_bytes(program.trained)
+    found = {
+        "parameters": sum(
+            math.prod(leaf.shape) for leaf in jax.tree.leaves((program.trained, program.frozen))
+        ),
+        "weights": trained + programs.tree_bytes(program.frozen),
+        "gradients": trained,
+        "refresh_gradients": trained,
+        "state": programs.tree_bytes(program.opt_state),
+    }
+    if cell["method"].startswith("lorenza"):
+        arguments = METHODS[cell["method"]].arguments(cell["dtype"])
+        [row] = memory.memory_report(
+            program.trained, cell["rank"], methods=["lorenza"], **arguments
+        ).rows
+        found |= {"gradients": row.gradients, "refresh_gradients": row.refresh_gradients}
+        found |= {"moments": row.moments, "factors": row.factors}
+    return found
+
+
+def counted_roberta(rank):
+    """The rows of the memory report, and LORENZA's with its embeddings projected, too."""
+    params = abstract_params(ROBERTA)
+
+    def matrices(params):
+        return memory_model.matrices(params, embedding=True)
+
+    report_of = memory.memory_report
+    rows = {row.method: row for row in report_of(params, rank, moment_dtype="bfloat16").rows}
+    arguments = {"moment_dtype": "bfloat16", "weight_dimension_numbers": matrices}
+    for name, more in {
+        "lorenza_embedding": {},
+        "lorenza_sketch": {"refresh": "sketch"},
+    }.items():
+        [rows[name]] = report_of(params, rank, methods=["lorenza"], **arguments, **more).rows
+    return {
+        name: {
+            "weights": row.weights,
+            "gradients": row.gradients,
+            "refresh_gradients": row.refresh_gradients,
+            "state": row.state,
+        }
+        for name, row in rows.items()
+    } | {"summary": f"AdamW's state {rows['adamw'].state / 1e6:.0f} MB"}
+
+
+def ran(cell, program, compiled):
+    """What a few steps really allocate; on a GPU the allocator's peak, too."""
+    device = jax.devices()[0]
+    keys = iter(jax.random.split(jax.random.key(cell["seed"]), 1000))
+
+    def array(leaf):  # one after the other: the peak shall be that of the steps
+        values = 0.02 * jax.random.normal(next(keys), leaf.shape, jnp.float32)
+        return (values if leaf.ndim > 1 else 1 + values).astype(leaf.dtype)
+
+    try:
+        trained, frozen = jax.tree.map(array, (program.trained, program.frozen))
+        tokens = jax.random.randint(next(keys), program.tokens.shape, 0, 256, jnp.int32)
+        opt_state = jax.jit(program.tx.init)(trained)
+        found = {"state": _allocated(opt_state), "weights": _allocated((trained, frozen))}
+        jax.block_until_ready((trained, frozen, opt_state))
+        before = device.memory_stats()
+        for _ in range(cell["steps"]):
+            trained, opt_state, value = compiled(trained, opt_state, frozen, tokens)
+        found["loss"] = float(value)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"out_of_memory": True}
+    if before is not None:
+        found["peak_before"] = before["peak_bytes_in_use"]
+        found["peak"] = device.memory_stats()["peak_bytes_in_use"]
+    return found
+
+
+def _allocated(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,102 @@
+"""What the sentences on memory say: what LORENZA saves, and where the headline is reached."""
+
+from benchmarks.memory_methods import METHODS
+
+HEADLINE = 0.67  # published: "up to 67 % less memory"
+BASELINES = ("adamw", "sam", "galore_randomized", "lora")
+SUBJECTS = ("lorenza", "lorenza_sketch", "lorenza_int8", "lorenza_least")
+FEATURED = ("lorenza", "lorenza_sketch")  # in the sentences on single shapes
+MEASURES = {
+    "state": ("optimizer state", lambda run: run["state"]),
+    "counted": ("weights, gradients and state", lambda run: counted(run)),
+    "peak": ("peak of the compiled step", lambda run: run["peak"]),
+}
+
+
+def counted(run):
+    return run["weights"] + run["state"] + max(run["gradients"], run["refresh_gradients"])
+
+
+def saved(runs, subject, base, measure):
+    if subject not in runs or base not in runs:
+        return None
+    value = MEASURES[measure][1]
+    return 1 - value(runs[subject]) / value(runs[base])
+
+
+def kept(run):
+    return run["weights"] + run["state"]
+
+
+def findings(size, shapes, roberta):
+    found = [_on_limit(size, run) for run in roberta[:1]]
+    if not shapes:
+        return found
+    if headline := _on_headline(size, shapes):
+        found.insert(0, headline)
+    preset = list(shapes)[-1][0]  # the largest
+    for subject in FEATURED:
+        parts = []
+        for rank in sorted(rank for name, rank in shapes if name == preset):
+            shares = [
+                f"{_less(share)} than {METHODS[base].name}'s"
+                for base in BASELINES
+                if (share := saved(shapes[preset, rank], subject, base, "peak")) is not None
+            ]
+            if shares:
+                parts.append(f"at rank {rank} {', '.join(shares)}")
+        if parts:
+            found.append(
+                f"Memory, {preset}, {size} size: the peak of a compiled step of "
+                f"{METHODS[subject].name} is {'; '.join(parts)}."
+            )
+    return found
+
+
+def _on_limit(size, run):
+    names = {"LORENZA": "lorenza", "with embeddings projected, too,": "lorenza_embedding"}
+    shares = {text: 1 - kept(run[name]) / kept(run["adamw"]) for text, name in names.items()}
+    limit = 1 - run["adamw"]["weights"] / kept(run["adamw"])
+    parts = [f"{text} {100 * share:.1f} %" for text, share in shares.items()]
+    return (
+        f"Memory, {size} size, counted as weights and state alone (RoBERTa-base, rank "
+        f"{run['rank']}, bfloat16), less than AdamW takes {', '.join(parts)}; a method without any "
+        f"state would take {100 * limit:.1f} % less. In this count that is the most there can be."
+    )
+
+
+def _less(share):
+    return f"{100 * abs(share):.0f} % {'less' if share >= 0 else 'more'}"
+
+
+def _on_headline(size, shapes):
+    """Where 67 % less than AdamW is reached, and the best of what is not."""
+    parts = []
+    for measure, (title, _) in MEASURES.items():
+        shares = {
+            (preset, rank, subject): share
+            for (preset, rank), runs in shapes.items()
+            for subject in SUBJECTS
+            if (share := saved(runs, subject, "adamw", measure)) is not None
+        }
+        if not shares:
+            continue
+        best = max(shares, key=shares.__getitem__)
+        default = {key: share for key, share in shares.items() if key[2] == "lorenza"}
+        reached = [key for key, share in shares.items() if share >= HEADLINE]
+        text = f"in {title} it is reached by {len(reached)} of {len(shares)} settings"
+        text += f" (best {_setting(best, shares)}"
+        if default:
+            text += f"; of the defaults {_setting(max(default, key=default.get), default)}"
+        parts.append(f"{text})")
+    return parts and (
+        f"Memory, {size} size, the published headline of up to {100 * HEADLINE:.0f} % less, taken "
+        f"against AdamW: {'; '.join(parts)}."
+    )
+
+
+def _setting(key, shares):
+    preset, rank, subject = key
+    gap = 100 * (shares[key] - HEADLINE)
+    beside = f"{abs(gap):.1f} points {'above' if gap >= 0 else 'short'}"
+    return f"{100 * shares[key]:.1f} %, {beside}: {METHODS[subject].name}, {preset}, rank {rank}"
