@@ -30,7 +30,10 @@ import machine
 ROOT = pathlib.Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 SIZES = ("cpu", "full")
-MODULES = {"finetuning": "benchmarks.finetuning"}
+MODULES = {
+    "finetuning": "benchmarks.finetuning",
+    "scaling": "benchmarks.scaling",
+}
 
 DATA_DIR = "LORENZA_DATA_DIR"  # the environment variable; --data-dir sets it
 
