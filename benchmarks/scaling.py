@@ -17,10 +17,8 @@ from benchmarks.scaling_report import report
 __all__ = ["cells", "report", "run"]
 
 PROBES = scaling_programs.PROBES
-RACERS = ("adamw", "sam", "galore", "rho=0", "zo, q=1", "zo, q=4", "subspace", "momentum",
-          "lorenza_plus")  # fmt: skip
 GROWERS = ("adamw", "rho=0", "zo, q=1")
-COUNTED = ("adamw", "sam", "galore", "rho=0", "zo, q=1", "zo, q=4", "subspace", "momentum")
+RACERS = ("adamw", "sam", "galore", "rho=0", "zo, q=1", "zo, q=4", "subspace", "momentum")
 SENDERS = ("adamw", "sam", "galore", "rho=0", "zo, q=1", "subspace")
 
 
@@ -59,7 +57,7 @@ SIZES = {
         devices=(2, 4, 8),
         sharded=Shape(256, 1, 16, 32, 32),
         batch_per_device=2,
-        rounds=12,
+        rounds=10,
         refresh_rounds=3,
     ),
     "full": Size(
@@ -97,10 +95,7 @@ def cells(size):
             made.append(_cell(size, "devices", placement, point, shape, **settings))
     for axis, point, shape, names in _compiled(plan):
         for name in names:
-            cell = _cell(size, "compile", axis, point, shape, optimizer=name)
-            # In layers; the rest of the program takes as long as three.
-            work = 3 + (1 if shape.scanned else shape.layers)
-            made.append({**cell, "group": f"{size}-compile-{name}", "work": work})
+            made.append(_cell(size, "compile", axis, point, shape, optimizer=name))
     rounds = {"rounds": plan.rounds, "refresh_rounds": plan.refresh_rounds}
     for axis, point, shape, names in _timed(plan):
         made.append(_cell(size, "time", axis, point, shape, names=names, **rounds))
@@ -112,9 +107,9 @@ def cells(size):
 
 def _counted(plan):
     return [
-        *(("race", shape.width, shape, COUNTED) for shape in plan.races),
+        *(("race", shape.width, shape, RACERS) for shape in plan.races),
         *_unrolled(plan, plan.unrolled_counted),
-        *((*row, COUNTED) for row in _widths(plan)),
+        *((*row, SENDERS) for row in _widths(plan)),
         *((*row, GROWERS) for row in _ranks(plan)),
         _probes(plan),
     ]
@@ -167,9 +162,15 @@ def _probes(plan):
 
 
 def _cell(size, kind, axis, point, shape, **settings):
-    name = f"{size}-{kind}-{axis}-{point}"
-    if "optimizer" in settings:
-        name += "-" + settings["optimizer"].replace(", ", "-").replace("=", "")
+    name, group = f"{size}-{kind}-{axis}-{point}", f"{size}-{kind}"
+    names = settings.get("names", (settings.get("optimizer"),))
+    if kind == "compile":
+        name += "-" + names[0].replace(", ", "-").replace("=", "")
+        group += f"-{names[0]}"
+    elif kind == "time":
+        group += f"-{axis}"
+    # In layers: of a program the rest takes as long to make as three.
+    layers = 3 + (1 if shape.scanned else shape.layers)
     return {
         "id": name,
         "kind": kind,
@@ -178,8 +179,8 @@ def _cell(size, kind, axis, point, shape, **settings):
         "shape": list(shape),
         **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()},
         "seed": 0,
-        "group": f"{size}-{kind}-{axis}",
-        "work": 1,
+        "group": group,
+        "work": len(names) * layers,
     }
 
 

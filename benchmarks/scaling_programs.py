@@ -18,7 +18,6 @@ programs.OPTIMIZERS |= {
     for count, name in PROBES.items()
     if name not in programs.OPTIMIZERS
 }
-programs.OPTIMIZERS["lorenza_plus"] = programs._other("lorenza_plus")
 
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = ", re.M)
 
