@@ -39,6 +39,7 @@ MODULES = {
     "flatness": "benchmarks.flatness",
     "ablations": "benchmarks.ablations",
     "memory": "benchmarks.memory_shapes",
+    "scaling": "benchmarks.scaling",
 }
 
 DATA_DIR = "LORENZA_DATA_DIR"  # the environment variable; --data-dir sets it

@@ -1,0 +1,77 @@
+"""The findings of scaling.py, in words that the numbers choose."""
+
+from benchmarks.scaling_devices import PLACEMENTS, sent_bytes
+from benchmarks.scaling_fits import growth, ratio, significant
+from benchmarks.scaling_found import making, name_of
+
+OURS = ("rho=0", "zo, q=1", "subspace")
+
+
+def findings(found):
+    return [*of_cost(found), *of_growth(found), *of_messages(found)]
+
+
+def of_cost(found):
+    """Over the sizes of the races."""
+    names = ("sam", "galore", *OURS)
+    flops = _over_sizes(found.points(found.flops, "race"), names,
+                        lambda at, name: at[name]["step"] / at["adamw"]["step"])  # fmt: skip
+    times = _over_sizes(
+        found.points(found.times, "race"), names,
+        lambda at, name: ratio(at[name]["seconds"], at["adamw"]["seconds"]).median,
+    )  # fmt: skip
+    if times and flops:
+        return [f"A step, in AdamW's, takes in time {times}, and in FLOPs {flops}"]
+    if times or flops:
+        return [f"A step takes, in AdamW's {'time' if times else 'FLOPs'}, {times or flops}"]
+    return []
+
+
+def _over_sizes(points, names, value):
+    texts = []
+    for name in names:
+        values = [value(at, name) for at in points.values() if name in at]
+        if values:
+            ends = dict.fromkeys(f"{end:.2f}" for end in (min(values), max(values)))
+            texts.append(f"{name_of(name)} {' to '.join(ends)}")
+    return ", ".join(texts)
+
+
+def of_growth(found):
+    parts = []
+    for axis in ("unrolled", "scanned"):
+        by_name = found.programs.get(axis, {})
+        results = by_name.get("zo, q=1", {})
+        common = sorted(set(results) & set(by_name.get("adamw", ())))
+        if len(common) < 2:
+            continue
+        values = [results[point]["instructions"] for point in common]
+        last = common[-1]
+        ours, theirs = results[last], by_name["adamw"][last]
+        seconds = making(ours), making(theirs)
+        parts.append(
+            f"from {common[0]} to {last} {axis} layers its program grows "
+            f"{significant(values[-1] / values[0])}-fold ({growth(common, values).word}), and at "
+            f"{last} takes {significant(seconds[0])} CPU seconds to make, "
+            f"{seconds[0] / seconds[1]:.1f} times AdamW's {significant(seconds[1])}"
+        )
+    return [f"LORENZA with zo: {'; '.join(parts)}"] if parts else []
+
+
+def of_messages(found):
+    parts = []
+    for placement in PLACEMENTS:
+        strong, _ = found.strong_and_weak(placement)
+        if not strong:
+            continue
+        devices, result = max(strong.items())
+        sent = {
+            name: sent_bytes(steps["step"], devices) for name, steps in result["optimizers"].items()
+        }
+        shares = ", ".join(
+            f"{name_of(name)} {sent[name] / sent['adamw']:.2f}"
+            for name in ("galore", "sam", *OURS) if name in sent
+        )  # fmt: skip
+        parts.append(f"with parameters {placement} over {devices} devices {shares}")
+    text = "; ".join(parts)
+    return [f"Between refreshes a device sends, in AdamW's bytes, {text}"] if parts else []
