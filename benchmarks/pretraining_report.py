@@ -194,9 +194,10 @@ def _findings(size, model, finals):
             parts.append(f"of {tables.NAMES[method]} {' and '.join(against)}")
     if not parts:
         return []
-    return [f"**Loss.** Pre-training, {model} parameters ({size} size), relative difference of the "
-            f"validation loss: "
-            f"{'; '.join(parts)}."]  # fmt: skip
+    return [
+        f"**Loss.** Pre-training, {model} parameters ({size} size), relative difference of the "
+        f"validation loss: {'; '.join(parts)}."
+    ]
 
 
 def _adamw_loss(cells, records):
