@@ -5,7 +5,9 @@ from benchmarks.memory_methods import METHODS
 HEADLINE = 0.67  # published: "up to 67 % less memory"
 BASELINES = ("adamw", "sam", "galore_randomized", "lora")
 SUBJECTS = ("lorenza", "lorenza_sketch", "lorenza_int8", "lorenza_least")
-FEATURED = ("lorenza", "lorenza_sketch")  # in the sentences on single shapes
+# In the sentences on single shapes.
+FEATURED = ("lorenza", "lorenza_sketch")
+AGAINST = ("adamw", "galore_randomized", "lora")
 MEASURES = {
     "state": ("optimizer state", lambda run: run["state"]),
     "counted": ("weights, gradients and state", lambda run: counted(run)),
@@ -39,16 +41,16 @@ def findings(size, shapes, roberta):
         parts = []
         for rank in sorted(rank for name, rank in shapes if name == preset):
             shares = [
-                f"{_less(share)} than {METHODS[base].name}'s"
-                for base in BASELINES
+                f"{_less(share)} {METHODS[base].name}'s"
+                for base in AGAINST
                 if (share := saved(shapes[preset, rank], subject, base, "peak")) is not None
             ]
             if shares:
-                parts.append(f"at rank {rank} {', '.join(shares)}")
+                parts.append(f"at rank {rank}, {', '.join(shares)}")
         if parts:
             found.append(
                 f"Memory, {preset}, {size} size: the peak of a compiled step of "
-                f"{METHODS[subject].name} is {'; '.join(parts)}."
+                f"{METHODS[subject].name} is, {'; '.join(parts)}."
             )
     return found
 
@@ -66,7 +68,10 @@ def _on_limit(size, run):
 
 
 def _less(share):
-    return f"{100 * abs(share):.0f} % {'less' if share >= 0 else 'more'}"
+    percent = f"{100 * abs(share):.0f}"
+    if percent == "0":
+        return "as much as"
+    return f"{percent} % {'less' if share > 0 else 'more'} than"
 
 
 def _on_headline(size, shapes):
@@ -84,14 +89,14 @@ def _on_headline(size, shapes):
         best = max(shares, key=shares.__getitem__)
         default = {key: share for key, share in shares.items() if key[2] == "lorenza"}
         reached = [key for key, share in shares.items() if share >= HEADLINE]
-        text = f"in {title} it is reached by {len(reached)} of {len(shares)} settings"
+        text = f"in {title} it is reached in {len(reached)} of {len(shares)} cases"
         text += f" (best {_setting(best, shares)}"
         if default:
             text += f"; of the defaults {_setting(max(default, key=default.get), default)}"
         parts.append(f"{text})")
     return parts and (
         f"Memory, {size} size, the published headline of up to {100 * HEADLINE:.0f} % less, taken "
-        f"against AdamW: {'; '.join(parts)}."
+        f"against AdamW over shapes, ranks and variants of LORENZA: {'; '.join(parts)}."
     )
 
 

@@ -227,12 +227,16 @@ def _really_run(usual):
 
 
 def _plot(shapes, path):
+    columns = min(4, len(shapes))
+    rows = -(-len(shapes) // columns)
     figure, axes = pyplot.subplots(
-        1, len(shapes), figsize=(2 + 2.6 * len(shapes), 4.2), layout="constrained", squeeze=False,
-        sharey=True,
+        rows, columns, figsize=(2 + 2.6 * columns, 0.5 + 3.5 * rows), layout="constrained",
+        squeeze=False, sharex=True, sharey=True,
     )  # fmt: skip
+    for panel in axes.flat[len(shapes) :]:
+        panel.axis("off")
     order = [name for name in METHODS if any(name in runs for runs in shapes.values())]
-    for panel, ((preset, rank), runs) in zip(axes[0], shapes.items(), strict=True):
+    for panel, ((preset, rank), runs) in zip(axes.flat, shapes.items(), strict=False):
         model = next(run for name, run in runs.items() if name != "lora")["weights"]
         for row, name in enumerate(reversed(order)):
             if run := runs.get(name):

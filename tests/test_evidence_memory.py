@@ -148,13 +148,13 @@ def test_report_compares_at_each_rank(runs, tmp_path):
     assert "| 7B | 99 | LORENZA | 25 / 12 / -20 |" in text
     assert (tmp_path / "memory-cpu.png").stat().st_size > 1000
     headline, default, sketched = found.findings
-    assert "optimizer state it is reached by 2 of 3 settings" in headline
-    assert "peak of the compiled step it is reached by 1 of 3 settings" in headline
-    assert "70.0 %, 3.0 points above: LORENZA, sketched, 7B, rank 8" in headline
+    assert "optimizer state it is reached in 2 of 3 cases" in headline
+    assert "peak of the compiled step it is reached in 1 of 3 cases" in headline
+    assert "70.0 %, 3.0 points above: LORENZA (sketched), 7B, rank 8" in headline
     assert "of the defaults 50.0 %, 17.0 points short: LORENZA, 7B, rank 8" in headline
-    assert "at rank 8 50 % less than AdamW's, 108 % more than LoRA's" in default
-    assert "at rank 99 20 % more than AdamW's" in default
-    assert "at rank 8 70 % less than AdamW's, 25 % more than LoRA's" in sketched
+    assert "at rank 8, 50 % less than AdamW's, 108 % more than LoRA's" in default
+    assert "at rank 99, 20 % more than AdamW's" in default
+    assert "at rank 8, 70 % less than AdamW's, 25 % more than LoRA's" in sketched
 
 
 def test_report_of_some_cells_and_of_none(runs, tmp_path):
