@@ -37,6 +37,8 @@ def findings(size, shapes, roberta):
     if headline := _on_headline(size, shapes):
         found.insert(0, headline)
     preset = list(shapes)[-1][0]  # the largest
+    if short := _in_short(size, preset, shapes):
+        found.insert(0, short)
     for subject in FEATURED:
         parts = []
         for rank in sorted(rank for name, rank in shapes if name == preset):
@@ -53,6 +55,23 @@ def findings(size, shapes, roberta):
                 f"{METHODS[subject].name} is, {'; '.join(parts)}."
             )
     return found
+
+
+def _in_short(size, preset, shapes):
+    """The peak against AdamW's, by rank: of the defaults and of what saves more."""
+    parts = []
+    for rank in sorted(rank for name, rank in shapes if name == preset):
+        runs = shapes[preset, rank]
+        shares = [saved(runs, subject, "adamw", "peak") for subject in FEATURED]
+        if None not in shares:
+            parts.append(
+                "{:.0f} % and {:.0f} % at rank {}".format(*(100 * s for s in shares), rank)
+            )
+    names = " and ".join(METHODS[subject].name for subject in FEATURED)
+    return parts and (
+        f"**Memory.** {preset} ({size} size): the peak of a compiled step of {names} is below "
+        f"AdamW's by {', '.join(parts)}. Published: up to {100 * HEADLINE:.0f} %."
+    )
 
 
 def _on_limit(size, run):

@@ -147,7 +147,8 @@ def test_report_compares_at_each_rank(runs, tmp_path):
     assert "| 7B | 8 | LORENZA | 90 / 45 / 50 | - / - / - | - / - / - | -150 / -90 / -108 |" in text
     assert "| 7B | 99 | LORENZA | 25 / 12 / -20 |" in text
     assert (tmp_path / "memory-cpu.png").stat().st_size > 1000
-    headline, default, sketched = found.findings
+    short, headline, default, sketched = found.findings
+    assert "below AdamW's by 50 % and 70 % at rank 8." in short
     assert "optimizer state it is reached in 2 of 3 cases" in headline
     assert "peak of the compiled step it is reached in 1 of 3 cases" in headline
     assert "70.0 %, 3.0 points above: LORENZA (sketched), 7B, rank 8" in headline
