@@ -2,7 +2,7 @@
 
 from benchmarks.scaling_devices import PLACEMENTS, sent_bytes
 from benchmarks.scaling_fits import growth, ratio, significant
-from benchmarks.scaling_found import making, name_of
+from benchmarks.scaling_found import PLACES, making, name_of
 
 OURS = ("rho=0", "zo, q=1", "subspace")
 
@@ -72,6 +72,6 @@ def of_messages(found):
             f"{name_of(name)} {sent[name] / sent['adamw']:.2f}"
             for name in ("galore", "sam", *OURS) if name in sent
         )  # fmt: skip
-        parts.append(f"with parameters {placement} over {devices} devices {shares}")
+        parts.append(f"with parameters {PLACES[placement]} over {devices} devices {shares}")
     text = "; ".join(parts)
     return [f"Between refreshes a device sends, in AdamW's bytes, {text}"] if parts else []

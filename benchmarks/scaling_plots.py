@@ -3,7 +3,7 @@
 from matplotlib import pyplot
 
 from benchmarks.scaling_devices import PLACEMENTS, sent_bytes
-from benchmarks.scaling_found import name_of
+from benchmarks.scaling_found import PLACES, name_of
 
 
 def growth_plot(found, path):
@@ -52,7 +52,7 @@ def _finish(axes, label, heading):
 
 
 def devices_plot(found, path):
-    """MB that a device sends in a step: solid for strong scaling, dashed for weak."""
+    """MB that a device sends in a step; None without any."""
     if not found.devices:
         return None
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -68,7 +68,7 @@ def devices_plot(found, path):
                 axes.plot(list(results), sent, style, color=f"C{index}", label=label)
         _finish(axes, "devices", "MB sent by a device in a step")
         axes.set_ylim(bottom=0)
-        axes.set_title(f"parameters {placement}")
+        axes.set_title(f"parameters {PLACES[placement]}; dashed: weak scaling")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
