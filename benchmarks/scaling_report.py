@@ -82,9 +82,9 @@ def _time_of(times, name):
         return ()
     ours, theirs = times[name], times["adamw"]["seconds"]
     refresh = ours["refresh_step_seconds"]
-    return _shown(ratio(ours["seconds"], theirs)), _shown(
-        ratio(refresh, theirs)
-    ) if refresh else "-"
+    step = _shown(ratio(ours["seconds"], theirs))
+    # Those of the last rounds.
+    return step, _shown(ratio(refresh, theirs[-len(refresh) :])) if refresh else "-"
 
 
 def _shown(found):
