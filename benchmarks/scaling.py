@@ -57,8 +57,8 @@ SIZES = {
         devices=(2, 4, 8),
         sharded=Shape(256, 1, 16, 32, 32),
         batch_per_device=2,
-        rounds=10,
-        refresh_rounds=3,
+        rounds=15,
+        refresh_rounds=4,
     ),
     "full": Size(
         races=(Shape(1024, 4, 16, 512, 128), Shape(2048, 4, 16, 512, 256)),

@@ -163,11 +163,14 @@ def _add(total, found, times=1):
         total[kind] = [before[0] + times * count, before[1] + times * size]
 
 
-def sent_bytes(collectives, devices):
-    """What one device sends in a step, if rings carry out the collectives."""
+def sent_bytes(collectives, devices, scattered=False):
+    """What one device sends in a step, if rings carry out the collectives.
+
+    With `scattered`, as if each all-reduce left every device its part only.
+    """
     n = devices
     shares = {
-        "all-reduce": 2 * (n - 1) / n,
+        "all-reduce": (1 if scattered else 2) * (n - 1) / n,
         "all-gather": (n - 1) / n,
         "reduce-scatter": n - 1,  # its result is the n-th part of what is reduced
         "all-to-all": (n - 1) / n,

@@ -2,13 +2,13 @@
 
 from benchmarks.scaling_devices import PLACEMENTS, sent_bytes
 from benchmarks.scaling_fits import growth, ratio, significant
-from benchmarks.scaling_found import making, name_of
+from benchmarks.scaling_found import PLACES, making, name_of
 
 OURS = ("rho=0", "zo, q=1", "subspace")
 
 
 def findings(found):
-    return [*of_cost(found), *of_growth(found), *of_messages(found)]
+    return [*of_cost(found), *of_work(found), *of_growth(found), *of_messages(found)]
 
 
 def of_cost(found):
@@ -21,7 +21,7 @@ def of_cost(found):
         lambda at, name: ratio(at[name]["seconds"], at["adamw"]["seconds"]).median,
     )  # fmt: skip
     if times and flops:
-        return [f"A step, in AdamW's, takes in time {times}, and in FLOPs {flops}"]
+        return [f"A step takes, in AdamW's time, {times}; and in AdamW's FLOPs {flops}"]
     if times or flops:
         return [f"A step takes, in AdamW's {'time' if times else 'FLOPs'}, {times or flops}"]
     return []
@@ -35,6 +35,22 @@ def _over_sizes(points, names, value):
             ends = dict.fromkeys(f"{end:.2f}" for end in (min(values), max(values)))
             texts.append(f"{name_of(name)} {' to '.join(ends)}")
     return ", ".join(texts)
+
+
+def of_work(found):
+    parts = []
+    for axis, word in (("unrolled", "layers"), ("width", "width"), ("rank", "rank"),
+                       ("probes", "probes")):  # fmt: skip
+        points = found.points(found.flops, axis)
+        name = "zo" if axis == "probes" else "zo, q=1"
+        if len(points) < 3:
+            continue
+        steps = [at[name]["step"] for at in points.values()]
+        of = growth(list(points), steps)
+        exponent = "" if of.word in ("linear", "constant") else f", exponent {of.exponent:.2f}"
+        parts.append(f"{word} from {min(points)} to {max(points)} ({of.word}{exponent})")
+    text = ", ".join(parts)
+    return [f"The FLOPs of a step of LORENZA with zo grow with {text}"] if parts else []
 
 
 def of_growth(found):
@@ -72,6 +88,6 @@ def of_messages(found):
             f"{name_of(name)} {sent[name] / sent['adamw']:.2f}"
             for name in ("galore", "sam", *OURS) if name in sent
         )  # fmt: skip
-        parts.append(f"with parameters {placement} over {devices} devices {shares}")
+        parts.append(f"with parameters {PLACES[placement]} over {devices} devices {shares}")
     text = "; ".join(parts)
     return [f"Between refreshes a device sends, in AdamW's bytes, {text}"] if parts else []

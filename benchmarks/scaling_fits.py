@@ -44,7 +44,7 @@ class Ratio(NamedTuple):
 
 def ratio(ours, theirs):
     """Of times that were measured in turns: of each round, then over the rounds."""
-    each = [a / b for a, b in zip(ours, theirs, strict=False)]  # not each round refreshes
+    each = [a / b for a, b in zip(ours, theirs, strict=True)]
     low, high = np.quantile(each, [0.1, 0.9])
     return Ratio(statistics.median(each), float(low), float(high))
 

@@ -11,6 +11,7 @@ NAMES = {
     "subspace": "LORENZA, subspace",
     "momentum": "LORENZA, momentum",
 }
+PLACES = {"replicated": "replicated", "fsdp": "fully sharded (FSDP)"}  # of parameters
 
 
 def name_of(optimizer):

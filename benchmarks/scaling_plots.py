@@ -3,7 +3,11 @@
 from matplotlib import pyplot
 
 from benchmarks.scaling_devices import PLACEMENTS, sent_bytes
-from benchmarks.scaling_found import name_of
+from benchmarks.scaling_found import NAMES, PLACES, name_of
+
+
+def color_of(name):
+    return f"C{list(NAMES).index(name)}"
 
 
 def growth_plot(found, path):
@@ -16,10 +20,10 @@ def growth_plot(found, path):
         (panels[0, 1], "compile_seconds", "CPU seconds to compile"),
     ):
         for axis, style in (("unrolled", "o-"), ("scanned", "s--")):
-            for index, (name, results) in enumerate(found.programs.get(axis, {}).items()):
+            for name, results in found.programs.get(axis, {}).items():
                 points = sorted(results)
                 values = [results[point][key] for point in points]
-                axes.plot(points, values, style, color=f"C{index}",
+                axes.plot(points, values, style, color=color_of(name),
                           label=f"{name_of(name)}, {axis}")  # fmt: skip
         _finish(axes, "layers", heading)
         axes.set_yscale("log")
@@ -36,8 +40,9 @@ def growth_plot(found, path):
 def _ratios(axes, points, axis):
     names = dict.fromkeys(name for at in points.values() for name in at if name != "adamw")
     for name in names:
+        color = color_of(name) if axis == "width" else None
         values = [at[name]["step"] / at["adamw"]["step"] for at in points.values()]
-        axes.plot(list(points), values, "o-", label=f"{name_of(name)}, by {axis}")
+        axes.plot(list(points), values, "o-", color=color, label=f"{name_of(name)}, by {axis}")
     _finish(axes, axis, "FLOPs of a step / AdamW's")
 
 
@@ -52,23 +57,24 @@ def _finish(axes, label, heading):
 
 
 def devices_plot(found, path):
-    """MB that a device sends in a step: solid for strong scaling, dashed for weak."""
+    """MB that a device sends in a step; None without any."""
     if not found.devices:
         return None
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, placement in zip(panels, PLACEMENTS, strict=True):
         for results, style in zip(found.strong_and_weak(placement), ("o-", "s--"), strict=True):
             names = list(next(iter(results.values()))["optimizers"]) if results else []
-            for index, name in enumerate(names):
+            for name in names:
                 sent = [
                     1e-6 * sent_bytes(at["optimizers"][name]["step"], n)
                     for n, at in results.items()
                 ]
                 label = name_of(name) if style == "o-" else None
-                axes.plot(list(results), sent, style, color=f"C{index}", label=label)
+                axes.plot(list(results), sent, style, color=color_of(name), label=label)
         _finish(axes, "devices", "MB sent by a device in a step")
         axes.set_ylim(bottom=0)
-        axes.set_title(f"parameters {placement}")
+        axes.set_title(PLACES[placement])
+    figure.suptitle("Parameters replicated or sharded; dashed: weak scaling")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path

@@ -90,7 +90,7 @@ def make_due(opt_state):
 def race(shape, names, rounds, refresh_rounds, text, note):
     """Trains with each optimizer, a step of each in turn: {name: seconds of its steps}.
 
-    In the first `refresh_rounds` each makes, after its step, another one that refreshes.
+    In the last `refresh_rounds` each makes, after its step, another one that refreshes.
     """
     batches = [jax.device_put(text.batch(shape, step)) for step in range(7)]
     note(f"compiling {len(names)} programs")
@@ -109,7 +109,9 @@ def race(shape, names, rounds, refresh_rounds, text, note):
             runner.seconds.append(runner.step(batches[6]))
             if runner.last_refresh != before:
                 raise RuntimeError(f"{name} has refreshed in a step that was timed without")
-            if turn < refresh_rounds and (due := make_due(runner.opt_state)) is not None:
+            if turn < rounds - refresh_rounds:
+                continue
+            if (due := make_due(runner.opt_state)) is not None:
                 runner.opt_state = due
                 with_refresh[name].append(runner.step(batches[6]))
                 if runner.ours and runner.last_refresh <= before:

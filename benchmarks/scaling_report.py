@@ -6,7 +6,7 @@ from benchmarks import experiments, scaling_plots
 from benchmarks.scaling_devices import PLACEMENTS, sent_bytes
 from benchmarks.scaling_findings import findings
 from benchmarks.scaling_fits import growth, ratio, significant
-from benchmarks.scaling_found import Found, making, name_of
+from benchmarks.scaling_found import PLACES, Found, making, name_of
 
 AXES = {
     "unrolled": "layers, unrolled",
@@ -82,9 +82,9 @@ def _time_of(times, name):
         return ()
     ours, theirs = times[name], times["adamw"]["seconds"]
     refresh = ours["refresh_step_seconds"]
-    return _shown(ratio(ours["seconds"], theirs)), _shown(
-        ratio(refresh, theirs)
-    ) if refresh else "-"
+    step = _shown(ratio(ours["seconds"], theirs))
+    # Those of the last rounds.
+    return step, _shown(ratio(refresh, theirs[-len(refresh) :])) if refresh else "-"
 
 
 def _shown(found):
@@ -175,34 +175,48 @@ def _times(found):
 def _messages(found):
     lines = []
     for placement in PLACEMENTS:
-        for word, results in zip(("strong", "weak"), found.strong_and_weak(placement), strict=True):
-            if not results:
-                continue
-            first = next(iter(results.values()))
-            names = list(first["optimizers"])
-            rows = [
-                [name_of(name), *(
-                    _sent_cell(found["optimizers"], name, n) for n, found in results.items()
-                )]
-                for name in names
-            ]  # fmt: skip
-            weights, low = (1e-6 * first[k] for k in ("weights_bytes", "low_rank_gradient_bytes"))
-            lines += [
-                "",
-                f"{placement}, {word} scaling (weights {weights:.2f} MB, gradients in the "
-                f"subspaces {low:.2f} MB):",
-                "",
-                *table(["optimizer", *(f"{n} devices" for n in results)], rows),
-            ]
+        strong, weak = found.strong_and_weak(placement)
+        both = [("strong", strong), ("weak", weak)]
+        if strong == weak:
+            both = [("strong and weak", strong)]
+        for word, results in both:
+            if results:
+                title = f"Parameters {PLACES[placement]}, {word} scaling"
+                lines += ["", *_messages_table(title, results, placement == "fsdp")]
     return lines and [
         "", "### What devices send", "",
         "MB that one device sends in a step / in one that refreshes, and the first in AdamW's. "
         "From the collectives in XLA's programs, as carried out by rings; parameters and state "
-        "are replicated or fully sharded (FSDP), the batch is split. Strong scaling keeps the "
-        "batch, weak scaling the batch of a device; one device sends nothing. XLA for a CPU "
-        "reduces gradients in whole and slices them, where for a GPU it may scatter them as it "
-        "reduces, which sends half.", *lines,
+        "are replicated or fully sharded, the batch is split. Strong scaling keeps the "
+        "batch, weak scaling the batch of a device; one device sends nothing. XLA chooses whether "
+        "weights or, of few tokens, activations travel. For a CPU it "
+        "reduces gradients in whole and slices them, where for a GPU it may leave each device its "
+        'part, which sends half: "scattered" is the ratio if it did so with all.', *lines,
     ]  # fmt: skip
+
+
+def _messages_table(title, results, scattering):
+    first, (devices, last) = next(iter(results.values())), max(results.items())
+    weights, low = (1e-6 * first[k] for k in ("weights_bytes", "low_rank_gradient_bytes"))
+
+    def scattered(name):
+        return sent_bytes(last["optimizers"][name]["step"], devices, scattered=True)
+
+    rows = [
+        [
+            name_of(name),
+            *(_sent_cell(at["optimizers"], name, n) for n, at in results.items()),
+            *([f"{scattered(name) / scattered('adamw'):.2f}"] if scattering else []),
+        ]
+        for name in first["optimizers"]
+    ]
+    head = ["optimizer", *(f"{n} devices" for n in results)]
+    head += [f"{devices}, scattered"] if scattering else []
+    return [
+        f"{title} (weights {weights:.2f} MB, gradients in the subspaces {low:.2f} MB):",
+        "",
+        *table(head, rows),
+    ]
 
 
 def _sent_cell(optimizers, name, devices):
