@@ -25,7 +25,7 @@ def report(size, cells, records, folder):
         body += ["", f"![How programs and work grow](results/{folder.name}/{path.name})"]
     if path := scaling_plots.devices_plot(found, folder / f"devices-{size}.png"):
         body += ["", f"![What a device sends](results/{folder.name}/{path.name})"]
-    texts = [f"Speed and scale, {size} size: {text}." for text in findings(found)]
+    texts = [f"**Speed.** ({size} size) {text}." for text in findings(found)]
     return experiments.Section(texts, body)
 
 
