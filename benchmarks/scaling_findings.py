@@ -65,10 +65,11 @@ def of_growth(found):
         last = common[-1]
         ours, theirs = results[last], by_name["adamw"][last]
         seconds = making(ours), making(theirs)
+        word = growth(common, values).word
         parts.append(
             f"from {common[0]} to {last} {axis} layers its program grows "
-            f"{significant(values[-1] / values[0])}-fold ({growth(common, values).word}), and at "
-            f"{last} takes {significant(seconds[0])} CPU seconds to make, "
+            f"{significant(values[-1] / values[0])}-fold{'' if word == 'grows' else f' ({word})'}, "
+            f"and at {last} takes {significant(seconds[0])} CPU seconds to make, "
             f"{seconds[0] / seconds[1]:.1f} times AdamW's {significant(seconds[1])}"
         )
     return [f"LORENZA with zo: {'; '.join(parts)}"] if parts else []
