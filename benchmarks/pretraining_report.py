@@ -87,12 +87,16 @@ def _explanation():
 
 
 def _finals(cells, records):
-    """{(model, text, method): results by seed}."""
+    """{(model, text, method): results by seed}, of the seeds that all methods have, if any."""
     found = {}
     for cell in cells:
         if cell["kind"] == "final" and (record := records.get(cell["id"])):
             key = cell["model"], cell["text"], cell["method"]
             found.setdefault(key, {})[cell["seed"]] = record["result"]
+    for place in {key[:2] for key in found}:
+        here = [key for key in found if key[:2] == place]
+        if common := set.intersection(*(set(found[key]) for key in here)):
+            found |= {key: {seed: found[key][seed] for seed in sorted(common)} for key in here}
     return found
 
 
