@@ -1,8 +1,8 @@
 """Pre-training two small Llamas on two texts: loss against tokens, time and optimizer state.
 
-Each method is tuned on the smaller model and Python's standard library, on a part of the train
-set; the rates found are those of all its other runs. Of one seed all methods see the same batches
-from the same initial weights. Sweeps over the rank and over T, of LORENZA and of GaLore.
+Each method is tuned on each model, on Python's standard library and a part of the train set; the
+rates found are those of all its other runs of that model. Of one seed all methods see the same
+batches from the same initial weights. Sweeps over the rank and over T, of LORENZA and of GaLore.
 """
 
 from benchmarks import tables
@@ -27,8 +27,9 @@ def cells(size):
     models = MODELS[size]
     small, *_ = models
     made = []
-    for method in METHODS:
-        made += tuning_cells(size, method)
+    for model in models:
+        for method in METHODS:
+            made += tuning_cells(size, model, method)
     made += [
         _final(size, model, text, method, seed)
         for seed in range(models[small].seeds)  # one whole table before the next seed
@@ -48,10 +49,9 @@ def cells(size):
     return made
 
 
-def tuning_cells(size, method):
-    small, *_ = MODELS[size]
+def tuning_cells(size, model, method):
     return [
-        _cell(size, small, "stdlib", method, TUNING_SEED, f"tune{index}") | {
+        _cell(size, model, "stdlib", method, TUNING_SEED, f"tune{index}") | {
             "kind": "tuning", "matrices_rate": matrices, "others_rate": others,
         }
         for index, (matrices, others) in enumerate(METHODS[method].trials())
@@ -59,14 +59,14 @@ def tuning_cells(size, method):
 
 
 def _final(size, model, text, method, seed):
-    return _cell(size, model, text, method, seed, f"seed{seed}") | _needs(size, method)
+    return _cell(size, model, text, method, seed, f"seed{seed}") | _needs(size, model, method)
 
 
 def _swept(size, model, method, changed, seed):
     ((key, value),) = changed.items()
     short = {"rank": "r", "update_proj_gap": "T"}[key]
     made = _cell(size, model, "stdlib", method, seed, f"{short}{value}-seed{seed}")
-    return made | changed | {"kind": "sweep", "swept": key} | _needs(size, method)
+    return made | changed | {"kind": "sweep", "swept": key} | _needs(size, model, method)
 
 
 def _race(size, model):
@@ -82,8 +82,8 @@ def _race(size, model):
     }
 
 
-def _needs(size, method):
-    return {"needs": [cell["id"] for cell in tuning_cells(size, method)]}
+def _needs(size, model, method):
+    return {"needs": [cell["id"] for cell in tuning_cells(size, model, method)]}
 
 
 def _cell(size, model, text, method, seed, suffix):

@@ -80,9 +80,9 @@ def _explanation():
     return [
         "Llamas on bytes, batches of 8 sequences of 128. All methods, AdamW too, have two "
         "learning rates, one of the matrices that LORENZA projects and one of all other leaves, "
-        f"tuned with {len(METHODS['adamw'].trials())} trials on the smaller model and the "
-        "standard library, scored on a twentieth of the train part; these rates serve both models "
-        "and texts. The rank is a quarter of the width, T is 20, rho 0.05.",
+        f"tuned with {len(METHODS['adamw'].trials())} trials on the standard library, "
+        "scored on a twentieth of the train part; these rates serve both texts. The rank is a "
+        "quarter of the width, T is 20, rho 0.05.",
     ]
 
 
@@ -235,7 +235,8 @@ def _sweep(cells, records, swept):
             loss = record["result"]["validation_loss"]
             by_value = found.setdefault(cell["method"], {})
             by_value.setdefault(cell[swept], []).append(float("nan") if loss is None else loss)
-    return {m: dict(sorted(values.items())) for m, values in found.items()}
+    # Nothing is swept yet where there is but the shared value.
+    return {m: dict(sorted(values.items())) for m, values in found.items() if len(values) > 1}
 
 
 def _sweep_table(sweep, title, adamw):
