@@ -206,7 +206,8 @@ class Silent:
         pass
 
 
-@pytest.mark.parametrize("task", ["sst2", pytest.param("stsb", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
 def test_from_a_record_of_fine_tuning_to_the_report(nano, monkeypatch, capsys, task):  # noqa: F811
     monkeypatch.setattr(flatness, "EXAMPLES", 20)
     monkeypatch.setitem(flatness.MEASURED, "finetuning", 8)

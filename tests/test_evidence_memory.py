@@ -32,7 +32,9 @@ def _arranged(params, scanned):
     return {**params, "blocks": stacked if scanned else blocks}
 
 
-@pytest.mark.parametrize("scanned", [True, False], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize(
+    "scanned", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["scanned", "unrolled"]
+)
 def test_the_loss_and_its_gradient_are_those_of_the_example(scanned):
     params = llama.init(CONFIG, 0)
     expected, gradient = jax.jit(jax.value_and_grad(llama.loss_of(CONFIG)))(params, TOKENS)
