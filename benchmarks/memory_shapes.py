@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import llama
 from benchmarks import memory_model, programs
 from benchmarks.memory_methods import METHODS
+from benchmarks.memory_shapes_findings import again
 from benchmarks.memory_shapes_report import report
 from lorenza_optax import memory
 from lorenza_optax._model_shapes import ModelSizes, abstract_params
 
-__all__ = ["cells", "report", "run"]
+__all__ = ["again", "cells", "report", "run"]
 
 # This process holds no GPU memory that its children need, who each run one cell: a peak is that of
 # a process. Read when JAX first looks for a GPU, and of no effect without one.

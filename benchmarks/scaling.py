@@ -12,9 +12,10 @@ import programs
 from programs import Shape
 
 from benchmarks import scaling_devices, scaling_programs
+from benchmarks.scaling_findings import again
 from benchmarks.scaling_report import report
 
-__all__ = ["cells", "report", "run"]
+__all__ = ["again", "cells", "report", "run"]
 
 PROBES = scaling_programs.PROBES
 GROWERS = ("adamw", "rho=0", "zo, q=1")

@@ -139,6 +139,19 @@ def test_cells_must_be_named_and_ordered():
             experiments.checked(cells)
 
 
+def test_every_experiment_is_whole_and_can_be_checked():
+    for name in experiments.MODULES:
+        experiment = experiments.load(name)
+        for size in experiments.SIZES:
+            cells = experiments.checked(experiment.cells(size))
+            records, stale = experiments.read(experiments.RESULTS / name, cells)
+            assert not stale
+            expected = experiment.again(size, cells, records)
+            assert bool(expected) == bool(records)
+            for cell, label, value, low, high in expected:
+                assert low <= value(records[cell]["result"]) <= high, label
+
+
 def test_report_is_made_of_stored_cells(toy, tmp_path):
     assert "Nothing is finished yet" in report.build(tmp_path)
     assert run.main(["toy", "--out", tmp_path, "--only", "trial"]) == 0
