@@ -42,7 +42,8 @@ def _bytes_ratio(result):
 
 
 def _time_ratio(result):
-    return ratio(result["rho=0"]["seconds"], result["adamw"]["seconds"]).median
+    seconds = [result["optimizers"][name]["seconds"] for name in ("rho=0", "adamw")]
+    return ratio(*seconds).median
 
 
 def findings(found):
