@@ -77,7 +77,9 @@ def make_due(opt_state):
 
     def due(node):
         if isinstance(node, lorenza_optax.LowRankState):
-            return node._replace(last_refresh=jnp.full_like(node.last_refresh, -1))
+            # Not as if there had been none yet: then the step would not perturb.
+            interval = programs.NO_REFRESH
+            return node._replace(count=(node.last_refresh // interval + 1) * interval)
         if is_ours(node):
             return node._replace(count=jnp.zeros_like(node.count))
         return node
