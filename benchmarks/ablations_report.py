@@ -42,8 +42,8 @@ def report(size, cells, records, folder):
         f"interval of 95 % {helpful}. (Of forty independent comparisons one does by chance.)"
     ]
     body = [
-        "Each row is the tuned run of pre-training (0.5M, standard library; a loss, so less is "
-        "better) and of fine-tuning (SST-2 and STS-B, 256 examples; points, so more is better) "
+        "Each row is the tuned run of pre-training (the smaller Llama, standard library; a loss, "
+        "so less is better) and of fine-tuning (SST-2 and STS-B; points, so more is better) "
         "with one change, against the unchanged run of the same seed, with t intervals of 95 %. "
         "The learning rates are those tuned for the unchanged run, which favours it.",
         "",

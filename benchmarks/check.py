@@ -71,7 +71,8 @@ def main(argv=None):
         display.stop()
     table = rich.table.Table(title="One cell of each table, run again")
     for heading in ("cell", "figure", "stored", "again", "interval", ""):
-        table.add_column(heading, justify="left" if heading in ("cell", "figure") else "right")
+        justify = "left" if heading in ("cell", "figure") else "right"
+        table.add_column(heading, justify=justify, overflow="fold")
     wrong = 0
     for cell, label, stored, found, low, high in rows:
         inside = low <= found <= high

@@ -115,23 +115,36 @@ def run(cell, display, needed):
     return fine_tune(cell, {key: chosen[key] for key in ("learning_rate", "rho")}, display)
 
 
-def fine_tune(cell, hyperparameters, display):
-    """Trains, scores, and says how it went."""
-    task = glue.TASKS[cell["task"]]
+class Data(NamedTuple):
+    train: dict  # arrays, labels less the shift
+    scored: list  # examples
+    shift: float  # what is taken from the labels of a regression
+
+
+def data_of(cell):
+    """What a cell trains on and is scored on."""
     dataset = dataset_of(cell["task"], experiments.data_dir())
-    tokenizer = checkpoint_of(CHECKPOINT, cell["task"])[1].tokenizer
     if cell["kind"] == "tuning":
         both = batches.subset(dataset.train, cell["examples"] + HELD_OUT, cell["seed"])
         train, scored = both[: cell["examples"]], both[cell["examples"] :]
     else:
         train = batches.subset(dataset.train, cell["examples"], cell["seed"])
         scored = dataset.dev
-    train = glue.tokenize(tokenizer, train, cell["train_len"])
-    scored = glue.tokenize(tokenizer, scored, cell["score_len"])
+    train = tokenized(cell["task"], train, cell["train_len"])
     # The head starts at 0, and in so few steps would spend most of them on finding the mean.
-    shift = 0.0 if task.labels else np.mean(train["labels"])
+    shift = 0.0 if glue.TASKS[cell["task"]].labels else np.mean(train["labels"])
     train["labels"] = train["labels"] - np.asarray(shift, train["labels"].dtype)
+    return Data(train, scored, shift)
 
+
+def tokenized(task, examples, length):
+    return glue.tokenize(checkpoint_of(CHECKPOINT, task)[1].tokenizer, examples, length)
+
+
+def fine_tune(cell, hyperparameters, display):
+    """Trains, scores, and says how it went."""
+    task, (train, scored, shift) = glue.TASKS[cell["task"]], data_of(cell)
+    scored = tokenized(cell["task"], scored, cell["score_len"])
     trained = training(cell, hyperparameters, train, display)
     scores = scores_of(cell["task"], trained.params, scored)
     labels = scored["labels"]

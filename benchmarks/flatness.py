@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import batches
 import bert
 import glue
 from benchmarks import curvature, experiments, finetuning, pretraining, pretraining_runs
@@ -165,20 +164,14 @@ def _relative(before, now):
 
 def _fine_tuned(cell, record, display):
     source, task = cell["source"], glue.TASKS[cell["task"]]
-    dataset = finetuning.dataset_of(cell["task"], experiments.data_dir())
-    config, files = finetuning.checkpoint_of(finetuning.CHECKPOINT, cell["task"])
-    tokenized = functools.partial(glue.tokenize, files.tokenizer)
-    # As in the run of the record.
-    train = tokenized(
-        batches.subset(dataset.train, source["examples"], source["seed"]), source["train_len"]
-    )
-    shift = 0.0 if task.labels else np.mean(train["labels"])
-    train["labels"] = train["labels"] - np.asarray(shift, train["labels"].dtype)
+    config, _ = finetuning.checkpoint_of(finetuning.CHECKPOINT, cell["task"])
+    tokenized = functools.partial(finetuning.tokenized, cell["task"])
+    train, dev, shift = finetuning.data_of(source)  # as in the run of the record
     hyperparameters = {key: record[key] for key in ("learning_rate", "rho")}
     trained = finetuning.training(source, hyperparameters, train, display)
 
-    rows = np.random.default_rng(0).permutation(len(dataset.dev))[: cell["measured"]]
-    held_out = [dataset.dev[row] for row in rows]
+    rows = np.random.default_rng(0).permutation(len(dev))[: cell["measured"]]
+    held_out = [dev[row] for row in rows]
     scores = finetuning.scores_of(
         cell["task"], trained.params, tokenized(held_out, source["score_len"])
     )

@@ -2,7 +2,7 @@
 
 from matplotlib import pyplot
 
-from benchmarks import experiments
+from benchmarks import experiments, tables
 from benchmarks.memory_methods import METHODS
 from benchmarks.memory_shapes_findings import (
     BASELINES,
@@ -121,7 +121,7 @@ def _table_of(runs):
         rows.append(row)
     header = ["method", "weights", "gradients", "state", "temporaries", "peak"]
     header += [f"{title} / AdamW's" for title, _ in MEASURES.values()]
-    return _table(header + ["allocator's peak"] * allocator, rows)
+    return tables.markdown(header + ["allocator's peak"] * allocator, rows)
 
 
 def _allocator_peak(run):
@@ -144,7 +144,9 @@ def _savings_table(shapes):
         " state / weights, gradients and state / peak of the compiled step. LoRA and GaLore are at "
         "the same rank.",
         "",
-        *_table(["shape", "rank", "", *(f"of {METHODS[b].name}'s" for b in BASELINES)], rows),
+        *tables.markdown(
+            ["shape", "rank", "", *(f"of {METHODS[b].name}'s" for b in BASELINES)], rows
+        ),
     ]
 
 
@@ -196,7 +198,7 @@ def _roberta(runs):
         header = ["method", "weights", "gradients", "at a refresh", "state"]
         header += ["weights and state: % less than AdamW", "with gradients: % less than AdamW"]
         lines += ["", f"### RoBERTa-base, rank {run['rank']}, bfloat16, counted", ""]
-        lines += [*_table(header, rows)]
+        lines += [*tables.markdown(header, rows)]
     if lines:
         lines += [
             "",
@@ -223,7 +225,7 @@ def _really_run(usual):
     if not rows:
         return []
     head = ["", "state, counted", "state, allocated", "weights, counted", "weights, allocated"]
-    return ["", "Bytes of steps that were really run:", "", *_table(head, rows)]
+    return ["", "Bytes of steps that were really run:", "", *tables.markdown(head, rows)]
 
 
 def _plot(shapes, path):
@@ -268,8 +270,3 @@ def _bytes(count):
 
 def _ratio(value, base):
     return f"{value / base:.2f}" if base else "-"
-
-
-def _table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]

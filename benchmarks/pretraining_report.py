@@ -12,7 +12,7 @@ BASELINES = ("adamw", "galore")
 
 
 def report(size, cells, records, folder):
-    finals, findings, body = _finals(cells, records), [], [*_explanation()]
+    finals, findings, body = _finals(cells, records), [], [*_explanation(cells[0])]
     ratios = _time_ratios(cells, records)
     for model in dict.fromkeys(key[0] for key in finals):
         body += ["", f"### {model} parameters ({size} size)"]
@@ -76,13 +76,14 @@ def _first(cells):
     return cells[0]
 
 
-def _explanation():
+def _explanation(cell):
     return [
-        "Llamas on bytes, batches of 8 sequences of 128. All methods, AdamW too, have two "
+        f"Llamas in batches of {cell['batch_size']} sequences of {cell['seq_len']} tokens, which "
+        "at the CPU's size are bytes. All methods, AdamW too, have two "
         "learning rates, one of the matrices that LORENZA projects and one of all other leaves, "
         f"tuned with {len(METHODS['adamw'].trials())} trials on the standard library, "
         "scored on a twentieth of the train part; these rates serve both texts. The rank is a "
-        "quarter of the width, T is 20, rho 0.05.",
+        f"quarter of the width, T is {cell['update_proj_gap']}, rho {cell['rho']:g}.",
     ]
 
 
@@ -101,10 +102,7 @@ def _finals(cells, records):
 
 
 def _time_ratios(cells, records):
-    """{model: {method: (time of a step over AdamW's, least, greatest), refreshes in it}}.
-
-    The mean over a whole interval between refreshes; its spread by that over the quarters.
-    """
+    """{model: {method: times of a step over AdamW's, (median, mean over a whole interval T)}}."""
     found = {}
     for cell in cells:
         if cell["kind"] == "race" and (record := records.get(cell["id"])):
@@ -133,10 +131,8 @@ def _losses(runs, text, ratios):
             tables.NAMES[method],
             f"{rates[0]:g}{edge}, {rates[1]:g}",
             tables.mean_and_deviation(losses, 3),
-            tables.mean_and_deviation(
-                [100 * (losses_of(results)[s] / losses_of(baseline)[s] - 1)
-                 for s in results if s in baseline
-                 and None not in (losses_of(results)[s], losses_of(baseline)[s])], 2, "%"),
+            "-" if method == "adamw" else tables.mean_and_deviation(
+                _percent_above(results, baseline), 2, "%"),
             f"{state / 1e6:.2f} MB" + (f" ({state / against:.2f}x)" if against else ""),
             "-" if normal is None else f"{normal:.2f}x, {mean:.2f}x",
         ])  # fmt: skip
@@ -152,19 +148,23 @@ def _losses(runs, text, ratios):
     ]  # fmt: skip
 
 
-def losses_of(results):
-    return {seed: result["validation_loss"] for seed, result in results.items()}
+def _percent_above(results, baseline):
+    """Of the seeds that both have and that did not diverge."""
+    pairs = [
+        (result["validation_loss"], baseline[seed]["validation_loss"])
+        for seed, result in results.items()
+        if seed in baseline
+    ]
+    return [100 * (ours / theirs - 1) for ours, theirs in pairs if None not in (ours, theirs)]
 
 
 def _paired(model, finals, method, baseline):
     """Relative differences in percent, text by text and seed by seed."""
     return [
-        100 * (ours / theirs - 1)
+        percent
         for (m, text, name), results in finals.items()
         if (m, name) == (model, method)
-        for seed, ours in losses_of(results).items()
-        if ours is not None
-        and (theirs := losses_of(finals.get((model, text, baseline), {})).get(seed)) is not None
+        for percent in _percent_above(results, finals.get((model, text, baseline), {}))
     ]
 
 
@@ -173,7 +173,10 @@ def _differences(model, finals):
     rows = [
         [
             tables.NAMES[m],
-            *(tables.t_interval(_paired(model, finals, m, b), "%") for b in BASELINES),
+            *(
+                "-" if m == b else tables.t_interval(_paired(model, finals, m, b), "%")
+                for b in BASELINES
+            ),
         ]
         for m in methods
     ]

@@ -2,7 +2,7 @@
 
 import operator
 
-from benchmarks import experiments, scaling_plots
+from benchmarks import experiments, scaling_plots, tables
 from benchmarks.scaling_devices import PLACEMENTS, sent_bytes
 from benchmarks.scaling_findings import findings
 from benchmarks.scaling_fits import growth, ratio, significant
@@ -61,7 +61,7 @@ def _races(found):
             f"Width {width}, {layers} layers, batches of {batch} x {length} tokens, rank {rank}; "
             "a step, and one that refreshes, in AdamW's:",
             "",
-            *table(
+            *tables.markdown(
                 ["optimizer", "FLOPs", "with refresh", "time", "with refresh", "ms", "tokens/s"],
                 rows,
             ),
@@ -117,7 +117,7 @@ def _work(found):
         "FLOPs of a step without a refresh in AdamW's, and what a refresh adds, at both ends; the "
         "exponents are those of a power fitted to the FLOPs themselves, and between the last two "
         "points. Decompositions are not counted (of matrices with one side of the rank).", "",
-        *table(head, rows),
+        *tables.markdown(head, rows),
     ]  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def _programs(found):
     return rows and [
         "", "### How programs grow", "",
         "Instructions of a whole step's program, those inside fusions too, and CPU seconds of all "
-        "threads to trace and compile it.", "", *table(head, rows),
+        "threads to trace and compile it.", "", *tables.markdown(head, rows),
     ]  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def _times(found):
     head = ["axis", "at", "optimizer", "time", "with refresh"]
     return rows and [
         "", "### How times grow", "", "Times of a step and of one that refreshes, in AdamW's:", "",
-        *table(head, rows),
+        *tables.markdown(head, rows),
     ]  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def _messages_table(title, results, scattering):
     return [
         f"{title} (weights {weights:.2f} MB, gradients in the subspaces {low:.2f} MB):",
         "",
-        *table(head, rows),
+        *tables.markdown(head, rows),
     ]
 
 
@@ -226,12 +226,3 @@ def _sent_cell(optimizers, name, devices):
     if "refresh_step" in ours:
         text += f" / {significant(1e-6 * sent_bytes(ours['refresh_step'], devices))}"
     return f"{text} ({step / sent_bytes(optimizers['adamw']['step'], devices):.2f})"
-
-
-def table(header, rows):
-    lines = [
-        header,
-        ["---"] * len(header),
-        *(row + ["-"] * (len(header) - len(row)) for row in rows),
-    ]
-    return [f"| {' | '.join(line)} |" for line in lines]

@@ -26,7 +26,9 @@ NAMES = {
 
 
 def markdown(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
+    """Lines of a table; cells that a row lacks at its end are "-"."""
+    filled = [[*row, *["-"] * (len(header) - len(row))] for row in rows]
+    lines = [header, ["---"] * len(header), *filled]
     return [f"| {' | '.join(map(str, line))} |" for line in lines]
 
 
