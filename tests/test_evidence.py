@@ -260,13 +260,20 @@ def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
     only = ["--only", "20-sst2-*", "20-stsb-adamw", "24-sst2-adamw-seed0"]
     assert run.main(["finetuning", "--out", nano, *only]) == 0
     cells = finetuning.cells("cpu")
-    assert len(cells) == 2 * 2 * (6 + 2) + 2 * 2
+    assert len(cells) == 2 * 2 * (6 + 3 + 2) + 2 * 2
     records, _ = experiments.read(nano / "finetuning", cells)
-    assert len(records) == 3 * (6 + 2) + 1
+    assert len(records) == 3 * (6 + 3 + 2) + 1
 
     # The final runs use the best trial, which was scored on other examples of the train set.
     trials = [records[f"cpu-20-sst2-adamw-tune{i}"]["result"] for i in range(6)]
-    chosen = max(trials, key=lambda r: (r["metrics"]["accuracy"], -r["loss"]))
+    better = sorted(trials, key=lambda r: (-r["metrics"]["accuracy"], r["loss"]))[:3]
+    again = [records[f"cpu-20-sst2-adamw-again{i}"]["result"] for i in range(3)]
+    assert [r["learning_rate"] for r in again] == [r["learning_rate"] for r in better]
+    means = [
+        (a["metrics"]["accuracy"] + b["metrics"]["accuracy"], -a["loss"] - b["loss"])
+        for a, b in zip(better, again, strict=True)
+    ]
+    chosen = better[means.index(max(means))]
     final = records["cpu-20-sst2-adamw-seed1"]["result"]
     assert final["learning_rate"] == chosen["learning_rate"]
     assert (chosen["steps"], final["steps"]) == (10, 10)
@@ -281,7 +288,7 @@ def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
     assert lora["trained_parameters"] < final["trained_parameters"]
 
     text = report.build(nano, ["finetuning"])
-    assert "25 of the 36 cells of the cpu size are finished. **11 are missing**" in text
+    assert "34 of the 48 cells of the cpu size are finished. **14 are missing**" in text
     mean = 50 * sum(records[f"cpu-20-sst2-lora-seed{i}"]["result"]["metrics"]["accuracy"]
                     for i in (0, 1))  # fmt: skip
     assert re.search(rf"\| LoRA \| {mean:.1f} ± [\d.]+ \| - \| - \|", text), text
