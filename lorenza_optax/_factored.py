@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorenza_optax._matrix_view import MatrixView
 from lorenza_optax._mesh import in_auto_mode
 
 __all__ = ["Factored", "Term", "add_product", "contract", "factored", "materialize"]
@@ -26,14 +27,29 @@ class Term(NamedTuple):
 
     Attributes:
       left: L. Its axes are those of the weight that are labelled "b" or "r", in the weight's
-        order, and last the rank.
+        order, and the rank.
       right: R, likewise with the axes labelled "b" or "c".
       vanishes: Whether the product is known to be zero, and only its derivative matters.
+      left_rank: Which axis of L is the rank, counted from the end. It is moved to the end where L
+        is used: a stack of layers, which a scan slices first, is not transposed as a whole.
+      right_rank: Likewise of R.
     """
 
     left: Any
     right: Any
     vanishes: bool
+    left_rank: int = -1
+    right_rank: int = -1
+
+    @property
+    def ordered_left(self) -> Any:
+        """L with the rank as its last axis."""
+        return jnp.moveaxis(self.left, self.left_rank, -1)
+
+    @property
+    def ordered_right(self) -> Any:
+        """R with the rank as its last axis."""
+        return jnp.moveaxis(self.right, self.right_rank, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,25 +80,39 @@ class Factored:
         self,
         base: Any,
         labels: str | None = None,
-        left: Callable[[Any], Any] = lambda part: part,
-        right: Callable[[Any], Any] = lambda part: part,
+        left: Callable[[Any], Any] | None = None,
+        right: Callable[[Any], Any] | None = None,
     ) -> Factored:
-        """The same sum with other parts."""
-        terms = tuple(t._replace(left=left(t.left), right=right(t.right)) for t in self.terms)
+        """The same sum with other parts, which get the rank as their last axis."""
+        terms = []
+        for term in self.terms:
+            if left is not None:
+                term = term._replace(left=left(term.ordered_left), left_rank=-1)
+            if right is not None:
+                term = term._replace(right=right(term.ordered_right), right_rank=-1)
+            terms.append(term)
         labels = self.labels if labels is None else labels
-        return Factored(self.path, labels, base, terms, self.narrow)
+        return Factored(self.path, labels, base, tuple(terms), self.narrow)
+
+    def same_axes(
+        self, base: Any, left: Callable[[Any], Any], right: Callable[[Any], Any] | None = None
+    ) -> Factored:
+        """The same sum with other numbers in it."""
+        right = right or (lambda part: part)
+        terms = tuple(t._replace(left=left(t.left), right=right(t.right)) for t in self.terms)
+        return Factored(self.path, self.labels, base, terms, self.narrow)
 
 
 def _flatten(value: Factored) -> tuple[Any, Any]:
-    parts = [(term.left, term.right) for term in value.terms]
-    vanishes = tuple(term.vanishes for term in value.terms)
-    return (value.base, parts), (value.path, value.labels, vanishes, value.narrow)
+    parts = [term[:2] for term in value.terms]
+    static = tuple(term[2:] for term in value.terms)
+    return (value.base, parts), (value.path, value.labels, static, value.narrow)
 
 
 def _unflatten(static: Any, children: Any) -> Factored:
-    path, labels, vanishes, narrow = static
+    path, labels, of_terms, narrow = static
     base, parts = children
-    terms = tuple(Term(a, b, flag) for (a, b), flag in zip(parts, vanishes, strict=True))
+    terms = tuple(Term(*pair, *rest) for pair, rest in zip(parts, of_terms, strict=True))
     return Factored(path, labels, base, terms, narrow)
 
 
@@ -92,31 +122,35 @@ jax.tree_util.register_pytree_node(Factored, _flatten, _unflatten)
 def factored(
     path: str,
     leaf: jax.Array,
-    row_axes: Sequence[int],
-    column_axes: Sequence[int],
+    view: MatrixView,
     terms: Sequence[tuple[jax.Array, jax.Array, bool]],
 ) -> Factored:
     """A leaf plus Σ L R, with L ([b,] m, k) and R ([b,] k, n) of its matrix view."""
     labels = "".join(
-        "r" if axis in row_axes else "c" if axis in column_axes else "b"
+        "r" if axis in view.row_axes else "c" if axis in view.column_axes else "b"
         for axis in range(leaf.ndim)
     )
     batch_axes = [axis for axis, label in enumerate(labels) if label == "b"]
 
-    def in_leaf_order(part: jax.Array, own: Sequence[int]) -> jax.Array:
-        """([b,] own, k) to the leaf's axes, and k last."""
+    def in_leaf_order(part: jax.Array, own: Sequence[int], first: bool) -> tuple[jax.Array, int]:
+        """([b,] own, k) or ([b,] k, own) to the leaf's axes and the rank, and where that is."""
         order = [*batch_axes, *own]
-        split = part.reshape([*(leaf.shape[axis] for axis in order), part.shape[-1]])
-        return split.transpose([*(order.index(axis) for axis in sorted(order)), len(order)])
+        sizes = [leaf.shape[axis] for axis in order]
+        place = len(batch_axes) if first else len(order)
+        sizes.insert(place, part.shape[-2 if first else -1])
+        split = part.reshape(sizes)
+        if order == sorted(order):
+            return split, place - len(sizes)
+        split = jnp.moveaxis(split, place, -1)
+        return split.transpose([*(order.index(axis) for axis in sorted(order)), len(order)]), -1
 
-    parts = [
-        Term(
-            in_leaf_order(left, row_axes),
-            in_leaf_order(right.swapaxes(-1, -2), column_axes),
-            vanishes,
-        )
-        for left, right, vanishes in terms
-    ]
+    # As the arrays lie that they were made of: see MatrixView.product.
+    turned = view.compressed == "right"
+    parts = []
+    for left, right, vanishes in terms:
+        left, left_rank = in_leaf_order(left.mT if turned else left, view.row_axes, turned)
+        right, right_rank = in_leaf_order(right, view.column_axes, True)
+        parts.append(Term(left, right, vanishes, left_rank, right_rank))
     return Factored(path, labels, leaf, tuple(parts), jnp.finfo(leaf.dtype).bits < 32)
 
 
@@ -180,8 +214,9 @@ def add_product(
         one = lambda x, left, right: product(x, left, right).astype(total.dtype)  # noqa: E731
         return in_auto_mode(one, x, left, right, like=total)
 
+    left, right = term.ordered_left, term.ordered_right
     if not term.vanishes:
-        return total + delta(x, term.left, term.right)
+        return total + delta(x, left, right)
 
     @jax.custom_jvp
     def unchanged(total: jax.Array, x: Any, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -198,7 +233,7 @@ def add_product(
         return total, functools.reduce(jnp.add, summands or [jnp.zeros_like(total)])
 
     unchanged.defjvp(tangent, symbolic_zeros=True)
-    return unchanged(total, x, term.left, term.right)
+    return unchanged(total, x, left, right)
 
 
 def _is_zero(tangent: Any) -> bool:

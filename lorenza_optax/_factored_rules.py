@@ -37,7 +37,7 @@ def _convert(bind: Bind, params: Any, value: Factored) -> Any:
 def _each_part(bind: Bind, params: Any, value: Factored) -> Any:
     """Operations that do the same to any array, such as stop_gradient."""
     del params
-    return value.like(bind(value.base), left=bind, right=bind)
+    return value.same_axes(bind(value.base), bind, bind)
 
 
 def _reshard(bind: Bind, params: Any, value: Factored) -> Any:
@@ -47,12 +47,12 @@ def _reshard(bind: Bind, params: Any, value: Factored) -> Any:
         return value.like(bind(value.base))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     move = lambda part: jax.sharding.reshard(part, whole)  # noqa: E731
-    return value.like(bind(value.base), left=move, right=move)
+    return value.same_axes(bind(value.base), move, move)
 
 
 def _negate(bind: Bind, params: Any, value: Factored) -> Any:
     del params
-    return value.like(bind(value.base), left=jnp.negative)
+    return value.same_axes(bind(value.base), jnp.negative)
 
 
 def _scale(operation: Callable[..., Any]) -> Any:
@@ -63,10 +63,10 @@ def _scale(operation: Callable[..., Any]) -> Any:
             return NotImplemented
         if isinstance(first, Factored) and jnp.ndim(second) == 0:
             scaled = lambda part: operation(part, second).astype(part.dtype)  # noqa: E731
-            return first.like(bind(first.base, second), left=scaled)
+            return first.same_axes(bind(first.base, second), scaled)
         if operation is jnp.multiply and not isinstance(first, Factored) and jnp.ndim(first) == 0:
             scaled = lambda part: (part * first).astype(part.dtype)  # noqa: E731
-            return second.like(bind(first, second.base), left=scaled)
+            return second.same_axes(bind(first, second.base), scaled)
         return NotImplemented
 
     return rule
@@ -77,7 +77,7 @@ def _sum(sign: int) -> Any:
         del params
         if not isinstance(second, Factored):
             return first.like(bind(first.base, second))
-        turned = second if sign > 0 else second.like(second.base, left=jnp.negative)
+        turned = second if sign > 0 else second.same_axes(second.base, jnp.negative)
         if not isinstance(first, Factored):
             return turned.like(bind(first, second.base))
         if first.labels != second.labels or jnp.shape(first.base) != jnp.shape(second.base):

@@ -27,13 +27,14 @@ from lorenza_optax._landscape import Displacement, Landscape, landscape
 from lorenza_optax._linalg import total
 from lorenza_optax._mesh import in_auto_mode
 from lorenza_optax._paths import leaves_by_path
-from lorenza_optax._plan import ProjectionPlan
+from lorenza_optax._plan import LeafPlan, ProjectionPlan
 from lorenza_optax._refresh import is_due
-from lorenza_optax._renewal import NewSubspaces, install
-from lorenza_optax._sketch import WARM_UP, factors_from, sketch_rows
+from lorenza_optax._renewal import NewSubspaces, renewed, unchanged
+from lorenza_optax._sketch import WARM_UP, energy_of, factors_from, sketch_rows
+from lorenza_optax._stacks import stacked
 from lorenza_optax._state import LowRankState
 from lorenza_optax._step import Prepared, prepare, prepare_low
-from lorenza_optax._subspace import RANDOM
+from lorenza_optax._subspace import RANDOM, Factors
 from lorenza_optax._surroundings import (
     Surroundings,
     bound_loss,
@@ -50,7 +51,6 @@ __all__ = [
     "subspace_gradient",
     "subspace_gradient_in_update",
     "surroundings_of",
-    "unchanged",
 ]
 
 Loss = Callable[[Any], Any]
@@ -180,13 +180,19 @@ def subspace_gradient(
     def in_old(columns: Any = None) -> Any:
         return low_rank_gradient(near, around.subspaces, move, config.ascent, columns)
 
-    def only_low() -> Any:
-        value, gradient = in_old()
-        return value, prepare_low(config, plan, gradient.low, gradient.others, state)
+    def prepared_low(low: Any, others: Any) -> Prepared:
+        return prepare_low(config, plan, low, others, state)
 
     if not plan.projected or config.subspace in RANDOM:  # those are renewed before
-        return *only_low(), None
+        value, gradient = in_old()
+        return value, prepared_low(gradient.low, gradient.others), None
+    warm_up = WARM_UP if config.sketches else 1
+    due = is_due(state.count, state.last_refresh, config.update_proj_gap, warm_up)
     if not config.sketches:
+
+        def only_low() -> Any:
+            value, gradient = in_old()
+            return value, prepared_low(gradient.low, gradient.others)
 
         def refreshed() -> Any:
             value, gradient = full_gradient(near, move, config.ascent)
@@ -198,49 +204,49 @@ def subspace_gradient(
             )
             return value, prepared
 
-        due = is_due(state.count, state.last_refresh, config.update_proj_gap)
         return *jax.lax.cond(due, refreshed, only_low), None
 
-    key = step_key(state.ascent.seed, state.count, SKETCH)
-
     def sketched() -> Any:
-        value, gradient = in_old(sketch_rows(around.rows, around.subspaces.projectors, key))
-        new, share = in_auto_mode(
-            lambda *args: sketched_subspaces(config, plan, *args),
-            gradient.low,
-            gradient.sketches,
-            state,
-            like=(unchanged(plan, state), state.captured_energy),
-        )
-        return value, gradient.low, gradient.others, new, share
+        key = step_key(state.ascent.seed, state.count, SKETCH)
+        return in_old(sketch_rows(around.rows, around.subspaces.projectors, key))
 
     def plain() -> Any:
         value, gradient = in_old()
-        return value, gradient.low, gradient.others, unchanged(plan, state), state.captured_energy
+        shapes = jax.eval_shape(sketched)[1].sketches
+        zeros = {path: jnp.zeros(shape.shape, shape.dtype) for path, shape in shapes.items()}
+        return value, gradient._replace(sketches=zeros)
 
-    due = is_due(state.count, state.last_refresh, config.update_proj_gap, WARM_UP)
-    value, low, others, new, share = jax.lax.cond(due, sketched, plain)
-    prepared = prepare_low(config, plan, low, others, state)
+    value, gradient = jax.lax.cond(due, sketched, plain)
+    prepared = prepared_low(gradient.low, gradient.others)
+    new, share = in_auto_mode(
+        lambda *args: sketched_subspaces(config, plan, *args),
+        gradient.low,
+        gradient.sketches,
+        state,
+        due & prepared.usable,
+        like=lambda: (unchanged(plan, state), state.captured_energy),
+    )
     return value, prepared._replace(captured_energy=share), new
 
 
-def unchanged(plan: ProjectionPlan, state: LowRankState) -> NewSubspaces:
-    overlaps = {
-        path: jnp.zeros((*leaf.matrix.batch, leaf.rank, leaf.rank), leaf.compute_dtype)
-        for path, leaf in plan.projected.items()
-    }
-    old = (state.q, state.r, state.singular_values)
-    return NewSubspaces(old, overlaps, state.subspace_overlap, jnp.zeros((), bool))
-
-
 def sketched_subspaces(
-    config: LowRankConfig, plan: ProjectionPlan, low: Any, sketches: Any, state: LowRankState
+    config: LowRankConfig,
+    plan: ProjectionPlan,
+    low: Any,
+    sketches: Any,
+    state: LowRankState,
+    active: jax.typing.ArrayLike,
 ) -> tuple[NewSubspaces, jax.Array]:
     """New subspaces from sketches, and the share of the gradient that the old ones held."""
-    found, energy = factors_from(low, sketches, plan.groups)
-    new = install(config, plan, state, found)
+    energy = energy_of(low, sketches)
     held = total(jnp.sum(g * g) for g in low.values())
     share = jnp.minimum(held / jnp.where(energy > 0, energy, 1), 1)
-    usable = jnp.isfinite(share)
-    new = new._replace(refreshed=new.refreshed & usable)
-    return new, jnp.where(usable, share, state.captured_energy).astype(jnp.float32)
+    active &= jnp.isfinite(share)
+
+    def find(leaf: LeafPlan, known: Any, old: Any) -> Factors:
+        del old
+        batches = [g.shape[:-2] for g in known[0]]
+        return factors_from(*(stacked(leaves, batches) for leaves in known))
+
+    new = renewed(plan, state, [low, sketches], find, active)
+    return new, jnp.where(active, share, state.captured_energy).astype(jnp.float32)

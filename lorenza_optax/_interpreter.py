@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
-from lorenza_optax._factored import Factored, Term, materialize
+from lorenza_optax._factored import Factored, materialize
 from lorenza_optax._factored_rules import RULES
 from lorenza_optax._noise import Noisy, is_stack
 
@@ -268,7 +268,11 @@ def _tangent(value: Factored, move: Factored) -> Factored:
     """dW + Σ (dL Rᵀ + L dRᵀ)."""
     terms = []
     for term, change in zip(value.terms, move.terms, strict=True):
-        terms += [Term(change.left, term.right, False), Term(term.left, change.right, False)]
+        # Tangents lie as what they are tangents of.
+        terms += [
+            term._replace(left=change.left, vanishes=False),
+            term._replace(right=change.right, vanishes=False),
+        ]
     return Factored(value.path, value.labels, move.base, tuple(terms))
 
 

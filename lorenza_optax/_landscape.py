@@ -181,7 +181,7 @@ def _weight(path: str, leaf: jax.Array, view: MatrixView | None, terms: Any) -> 
         return leaf
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     terms = [(left.astype(wide), right.astype(wide), zero) for left, right, zero in terms]
-    return factored(path, leaf, view.row_axes, view.column_axes, terms)
+    return factored(path, leaf, view, terms)
 
 
 def _trace(loss: Callable[[Arrays], Any], leaves: Arrays) -> tuple[Any, Callable[[Any], Any]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
+
+from lorenza_optax._stacks import each, stacked, unstacked
 
 __all__ = [
     "FUSED_RANK",
@@ -21,9 +21,7 @@ __all__ = [
     "product",
     "randomized_svd",
     "randomized_svds",
-    "stacked",
     "total",
-    "unstacked",
 ]
 
 OVERSAMPLING = 8
@@ -68,32 +66,6 @@ def total(numbers: Iterable[jax.Array]) -> jax.Array:
     )
 
 
-def stacked(matrices: Sequence[jax.Array]) -> jax.Array:
-    """([b,] m, n) matrices of one shape as one stack (B, m, n)."""
-    return jnp.concatenate([matrix.reshape(-1, *matrix.shape[-2:]) for matrix in matrices])
-
-
-def unstacked(stack: jax.Array, batches: Sequence[tuple[int, ...]]) -> list[jax.Array]:
-    """The parts of a stack (B, ...), with the batch dimensions that each shall have."""
-    parts, start = [], 0
-    for batch in batches:
-        stop = start + math.prod(batch)
-        parts.append(stack[start:stop].reshape(*batch, *stack.shape[1:]))
-        start = stop
-    return parts
-
-
-def _each(function: Callable[[jax.Array], Any], stack: jax.Array) -> Any:
-    """A function of one matrix or of a stack, applied to a stack.
-
-    XLA runs independent LAPACK calls, and those of a batch, at the same time, and the OpenBLAS
-    below was seen to deadlock then (jaxlib 0.10.2): on a CPU they take turns.
-    """
-    return jax.lax.platform_dependent(
-        stack, cpu=lambda stack: jax.lax.map(function, stack), default=function
-    )
-
-
 def _cholesky_qr(y: jax.Array) -> jax.Array:
     lower = jnp.linalg.cholesky(matmul(y.mT, y))
     return jax.lax.linalg.triangular_solve(lower, y, left_side=False, lower=True, transpose_a=True)
@@ -128,12 +100,16 @@ def leading_left(matrices: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
 
     The largest entry of each vector is positive.
     """
-    scale = _largest(matrices)
-    y = matrices / scale
-    q = _each(orthonormal, y)
-    u, s = _each(lambda core: jnp.linalg.svd(core)[:2], matmul(q.mT, y))
-    left = matmul(q, u[..., :rank])
-    return left * _signs(left), s[..., :rank] * scale[..., 0]
+
+    def leading(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scale = _largest(matrix)
+        y = matrix / scale
+        q = orthonormal(y)
+        u, s = jnp.linalg.svd(matmul(q.mT, y))[:2]
+        left = matmul(q, u[..., :rank])
+        return left * _signs(left), s[..., :rank] * scale[..., 0]
+
+    return each(leading, matrices)
 
 
 def _wide(matrix: jax.Array) -> jax.Array:
@@ -252,25 +228,26 @@ def randomized_svds(
     matrices = [_wide(matrix) for matrix in matrices]
     batches = [matrix.shape[:-2] for matrix in matrices]
     m, n = matrices[0].shape[-2:]
-    scale = stacked([_largest(matrix) for matrix in matrices])
+    scale = stacked([_largest(matrix) for matrix in matrices], batches)
 
     def times(right: Sequence[jax.Array]) -> jax.Array:
         """G X / scale."""
-        return stacked([matmul(g, x) for g, x in zip(matrices, right, strict=True)]) / scale
+        products = [matmul(g, x) for g, x in zip(matrices, right, strict=True)]
+        return stacked(products, batches) / scale
 
     def transposed_times(left: jax.Array) -> jax.Array:
-        parts = unstacked(left, batches)
-        return stacked([matmul(g.mT, x) for g, x in zip(matrices, parts, strict=True)]) / scale
+        parts = zip(matrices, unstacked(left, batches), strict=True)
+        return stacked([matmul(g.mT, x) for g, x in parts], batches) / scale
 
     width = min(rank + oversampling, m, n)
     sketch = jax.random.normal(key, (n, width), matrices[0].dtype)
-    q = _each(orthonormal, times([sketch] * len(matrices)))
+    q = each(orthonormal, times([sketch] * len(matrices)))
     for _ in range(power_iterations):
-        p = _each(orthonormal, transposed_times(q))
-        q = _each(orthonormal, times(unstacked(p, batches)))
+        p = each(orthonormal, transposed_times(q))
+        q = each(orthonormal, times(unstacked(p, batches)))
     small = transposed_times(q)
-    p = _each(orthonormal, small)
-    u, s, vt = _each(jnp.linalg.svd, matmul(small.mT, p))  # of qᵀ G p
+    p = each(orthonormal, small)
+    u, s, vt = each(jnp.linalg.svd, matmul(small.mT, p))  # of qᵀ G p
     u, vt = _fix_signs(matmul(q, u[..., :rank]), matmul(vt[..., :rank, :], p.mT))
     return u, s[..., :rank] * scale[..., 0], vt
 
@@ -280,9 +257,9 @@ def exact_svds(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """:func:`exact_svd` of all of many (stacks of) matrices of one shape."""
     del key
-    stack = stacked([_wide(matrix) for matrix in matrices])
+    stack = stacked([_wide(g) for g in matrices], [g.shape[:-2] for g in matrices])
     scale = _largest(stack)
-    u, s, vt = _each(lambda one: jnp.linalg.svd(one, full_matrices=False), stack / scale)
+    u, s, vt = each(lambda one: jnp.linalg.svd(one, full_matrices=False), stack / scale)
     u, vt = _fix_signs(u[..., :rank], vt[..., :rank, :])
     return u, s[..., :rank] * scale[..., 0], vt
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -27,7 +27,9 @@ from lorenza_optax._selection import (
 )
 from lorenza_optax._tables import format_table
 
-__all__ = ["LeafPlan", "ProjectionPlan", "projection_plan"]
+__all__ = ["LeafPlan", "ProjectionPlan", "Stack", "projection_plan"]
+
+LARGE = 2**20  # entries of a matrix that is worth a turn of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,20 @@ class LeafPlan:
         return (*self.matrix.batch, self.rank, self.matrix.free)
 
 
+class Stack(NamedTuple):
+    """Projected leaves of like matrices, which are decomposed together.
+
+    Attributes:
+      paths: The leaves.
+      batches: (b,) or () for each.
+      in_turn: Whether it is one leaf of large matrices, which are taken one by one.
+    """
+
+    paths: tuple[str, ...]
+    batches: tuple[tuple[int, ...], ...]
+    in_turn: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class ProjectionPlan:
     """A plan for a whole tree; prints as a table."""
@@ -81,6 +97,18 @@ class ProjectionPlan:
             key = (view.m, view.n, view.compressed, leaf.rank, leaf.compute_dtype)
             groups.setdefault(key, []).append(path)
         return [tuple(paths) for paths in groups.values()]
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """The groups, but a stack of large matrices is one by itself."""
+        found = []
+        for paths in self.groups:
+            view = self.leaves[paths[0]].matrix
+            in_turn = bool(view.batch) and view.m * view.n >= LARGE
+            for part in [(path,) for path in paths] if in_turn else [paths]:
+                batches = tuple(self.leaves[path].matrix.batch for path in part)
+                found.append(Stack(part, batches, in_turn))
+        return found
 
     def matrices(self, paths: Sequence[str]) -> list[tuple[str, int | None]]:
         """The matrices of leaves: each a path, and its index where the leaf is a stack."""

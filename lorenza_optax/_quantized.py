@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ BLOCK = 256
 # memory and the most sensitive to rounding. So do arrays of short rows, whose scales would weigh.
 SMALLEST = 4096
 SHORTEST = 64
+# A layer of a stack with so many entries is encoded by itself: on the way there are many arrays.
+LARGE = 2**20
 
 # (codes above 0, power) of arrays with a sign and of such that are not negative.
 SIGNED, UNSIGNED = (127, 4), (255, 6)
@@ -71,7 +74,13 @@ def quantized(x: jax.Array, signed: bool, key: jax.Array | None) -> dict[str, ja
     def encode(x: jax.Array, *keys: jax.Array) -> dict[str, jax.Array]:
         return _encode(x.astype(jnp.float32), signed, *keys)
 
+    def encode_layers(x: jax.Array, *keys: jax.Array) -> dict[str, jax.Array]:
+        keys = tuple(jax.random.split(key, len(x)) for key in keys)
+        return jax.lax.map(lambda layer: encode(*layer), (x, *keys))
+
     keys = () if key is None else (key,)
+    if x.ndim > 2 and math.prod(x.shape[1:]) >= LARGE:
+        return in_auto_mode(encode_layers, x, *keys, like=lambda: _like(x))
     return in_auto_mode(encode, x, *keys, like=lambda: _like(x))
 
 

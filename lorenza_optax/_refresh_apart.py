@@ -72,9 +72,12 @@ def refreshed_apart(
 def _with_sketches(
     config: LowRankConfig, plan: ProjectionPlan, low: Any, sketches: Any, state: LowRankState
 ) -> LowRankState:
-    new, share = sketched_subspaces(config, plan, low, sketches, state)
-    moments = load_moments(state.projected, config.inner.init(low))
-    moved = carried(config, state.count, moments, low, new.overlaps)
+    due = jnp.ones((), bool)
+    new, share = sketched_subspaces(config, plan, low, sketches, state, due)
+    initial = config.inner.init(low)
+    moments = load_moments(state.projected, initial)
+    turns = new.overlaps, new.refreshed, state.count
+    moved = carried(config, plan, moments, initial, *turns)
     return _installed(config, state, new.subspaces, moved, new.refreshed, share, new.overlap)
 
 
@@ -82,8 +85,12 @@ def _with_gradient(
     config: LowRankConfig, plan: ProjectionPlan, gradient: Any, state: LowRankState
 ) -> LowRankState:
     found, _ = prepare(config, plan, gradient, state)
+    initial = config.inner.init(found.low)
+    moments = load_moments(state.projected, initial)
+    if found.overlaps:
+        moments = carried(config, plan, moments, initial, found.overlaps, found.refreshed)
     shares = (found.captured_energy, found.overlap)
-    return _installed(config, state, found.subspaces, found.projected, found.refreshed, *shares)
+    return _installed(config, state, found.subspaces, moments, found.refreshed, *shares)
 
 
 def _installed(

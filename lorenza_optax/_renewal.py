@@ -1,8 +1,9 @@
-"""New subspaces from a full gradient, and how a state keeps them."""
+"""New subspaces, and how a state keeps them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._gradient import SKETCH, step_key
-from lorenza_optax._linalg import stacked, total, unstacked
-from lorenza_optax._plan import ProjectionPlan
+from lorenza_optax._linalg import total
+from lorenza_optax._plan import LeafPlan, ProjectionPlan
 from lorenza_optax._sketch import WARM_UP
+from lorenza_optax._stacks import overwritten, stacked
 from lorenza_optax._state import LowRankState
 from lorenza_optax._subspace import (
     POWER_ITERATION,
@@ -24,19 +26,32 @@ from lorenza_optax._subspace import (
 )
 from lorenza_optax._transport import transport
 
-__all__ = ["NewSubspaces", "carried", "install", "projectors_of", "renewed"]
+__all__ = [
+    "Find",
+    "NewSubspaces",
+    "carried",
+    "from_gradient",
+    "projectors_of",
+    "renewed",
+    "unchanged",
+]
 
 Arrays = dict[str, jax.Array]
+Stacks = dict[str, jax.Array]
+
+Find = Callable[[LeafPlan, list[Any], Stacks], Factors]
+"""(any of some like leaves, what is known of them, what the state keeps) -> their new factors."""
 
 
 class NewSubspaces(NamedTuple):
-    """Subspaces that serve from the next update on.
+    """Subspaces after a refresh, if there was one.
 
     Attributes:
       subspaces: (q, r, singular_values) as the state keeps them.
       overlaps: C = P_newᵀ P_old by path ([b,] r, r).
       overlap: The mean of ‖C‖² / r over all matrices.
-      refreshed: Whether they are new.
+      refreshed: Whether all of them are new. A matrix whose decomposition does not converge keeps
+        its old subspace, and the refresh stays due.
     """
 
     subspaces: tuple[Any, Any, Any]
@@ -45,83 +60,98 @@ class NewSubspaces(NamedTuple):
     refreshed: Any
 
 
-def renewed(
-    config: LowRankConfig,
-    plan: ProjectionPlan,
-    matrices: Arrays,
-    state: LowRankState,
-    moments: Any,
-    initial: Any,
-) -> tuple[Any, ...]:
-    """New factors from the gradient, and the moments carried over to them."""
-    key = step_key(state.ascent.seed, state.count, SKETCH)
-    found = []
-    for paths in plan.groups:
-        view, rank = plan.leaves[paths[0]].matrix, plan.leaves[paths[0]].rank
-        if config.subspace == POWER_ITERATION:
-            found.append(_iterated(config, plan, matrices, state, paths))
-            continue
-        q, s, r = SUBSPACES[config.subspace]([matrices[path] for path in paths], rank, key)
-        found.append(Factors(paths, view.projector(q, r), view.partner(q, r), s))
-    new = install(config, plan, state, found)
-    moved = transport(config.moment_transport, moments, initial, new.overlaps, config.decays)
+def unchanged(plan: ProjectionPlan, state: LowRankState) -> NewSubspaces:
+    """The subspaces of the state; of overlaps only the shape is right."""
+    overlaps = {
+        path: jnp.zeros((*leaf.matrix.batch, leaf.rank, leaf.rank), leaf.compute_dtype)
+        for path, leaf in plan.projected.items()
+    }
     old = (state.q, state.r, state.singular_values)
-    # No `where` on each leaf: see `ascend` on fusions that are all different.
-    kept = jax.lax.cond(
-        new.refreshed,
-        lambda: (new.subspaces, moved, new.overlap),
-        lambda: (old, moments, state.subspace_overlap),
-    )
-    return (*kept, new.refreshed)
+    return NewSubspaces(old, overlaps, state.subspace_overlap, jnp.zeros((), bool))
 
 
-def _iterated(
+def renewed(
+    plan: ProjectionPlan,
+    state: LowRankState,
+    known: list[Arrays],
+    find: Find,
+    active: jax.typing.ArrayLike,
+) -> NewSubspaces:
+    """New factors in the place of the old ones, their signs turned to those.
+
+    Args:
+      plan: The plan.
+      state: The state, with the old factors.
+      known: What ``find`` needs, by path.
+      find: Finds new factors.
+      active: Whether a refresh is due and can be made; if not, all is as it was.
+    """
+    before = unchanged(plan, state)
+    q, r, values = before.subspaces
+    good = {p: jnp.ones(leaf.matrix.batch, bool) for p, leaf in plan.projected.items()}
+    kept = {"q": q, "r": r, "values": values, "overlap": before.overlaps, "good": good}
+    new: dict[str, Arrays] = {name: {} for name in kept}
+    for paths, batches, in_turn in plan.stacks:
+        old = {
+            name: [tree[path] for path in paths] for name, tree in kept.items() if paths[0] in tree
+        }
+        given = [[tree[path] for path in paths] for tree in known]
+        renew = functools.partial(_renew, plan.leaves[paths[0]], find)
+        found = overwritten(renew, old, given, batches, active, in_turn)
+        for name, leaves in found.items():
+            new[name] |= dict(zip(paths, leaves, strict=True))
+    goods = new["good"].values()
+    refreshed = jnp.asarray(active) & (total(jnp.sum(~good) for good in goods) == 0)
+    shares = (jnp.sum(jnp.square(c)) / c.shape[-1] for c in new["overlap"].values())
+    mean = total(shares) / sum(good.size for good in goods)
+    overlap = jnp.where(refreshed, mean.astype(jnp.float32), state.subspace_overlap)
+    subspaces = new["q"], new["r"], new["values"]
+    return NewSubspaces(subspaces, new["overlap"], overlap, refreshed)
+
+
+def _renew(leaf: LeafPlan, find: Find, old: Stacks, known: list[Any]) -> Stacks:
+    """A stack of matrices with new factors, but for those whose decomposition failed."""
+    view = leaf.matrix
+    p, k, values = find(leaf, known, old)
+    p_old = view.projector(old.get("q"), old.get("r"))
+    p, k, overlap = align_signs(p, k, project(p, p_old.astype(p.dtype)))
+    good = jnp.isfinite(jnp.sum(p * p, (-2, -1)) + jnp.sum(k * k, (-2, -1)))
+    left, right = view.product(p, k)
+    new = {"q": left, "r": right, "values": values, "overlap": overlap, "good": good}
+    old |= {"overlap": jnp.broadcast_to(jnp.eye(leaf.rank, dtype=p.dtype), overlap.shape)}
+
+    def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+        # Probes may need fewer rows of the factor that does not project.
+        new = new[tuple(slice(size) for size in old.shape)].astype(old.dtype)
+        return jnp.where(good.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return {name: good if name == "good" else chosen(new[name], old[name]) for name in old}
+
+
+def from_gradient(
     config: LowRankConfig,
     plan: ProjectionPlan,
-    matrices: Arrays,
     state: LowRankState,
-    paths: tuple[str, ...],
-) -> Factors:
-    view = plan.leaves[paths[0]].matrix
-    old = projectors_of(plan, state.q, state.r)
-    g, p, s = (
-        stacked([tree[path] for path in paths]) for tree in (matrices, old, state.singular_values)
-    )
-    g = view.orient(g)
-    p, s = power_iteration(g, p.astype(g.dtype), s, state.last_refresh < 0, config.power_decay)
-    nothing = jnp.zeros((len(p), p.shape[-1], g.shape[-1]), g.dtype)
-    return Factors(paths, p, nothing, s)
-
-
-def install(
-    config: LowRankConfig, plan: ProjectionPlan, state: LowRankState, found: Sequence[Factors]
+    matrices: Arrays,
+    active: jax.typing.ArrayLike,
 ) -> NewSubspaces:
-    """Factors as the state keeps them, their signs turned to those of the old ones in it."""
-    old = projectors_of(plan, state.q, state.r)
-    q, r, values, overlaps = {}, {}, {}, {}
-    finite, squares = [], []
-    for paths, projectors, partners, singular_values in found:
-        before = stacked([old[path] for path in paths])
-        overlap = project(projectors, before.astype(projectors.dtype))
-        p, k, overlap = align_signs(projectors, partners, overlap)
-        finite += [jnp.sum(jnp.square(p)), jnp.sum(jnp.square(k))]
-        squares.append(jnp.mean(jnp.sum(jnp.square(overlap), axis=-1)) * len(p))
-        left, right = plan.leaves[paths[0]].matrix.product(p, k)
-        batches = [plan.leaves[path].matrix.batch for path in paths]
-        parts = (unstacked(stack, batches) for stack in (left, right, singular_values, overlap))
-        for path, new_q, new_r, new_s, overlaps[path] in zip(paths, *parts, strict=True):
-            # Probes may need fewer rows of the factor that does not project.
-            if path in state.q:
-                q[path] = new_q[..., : state.q[path].shape[-1]].astype(state.q[path].dtype)
-            if path in state.r:
-                r[path] = new_r[..., : state.r[path].shape[-2], :].astype(state.r[path].dtype)
-            if path in state.singular_values:
-                values[path] = new_s.astype(state.singular_values[path].dtype)
-    # A decomposition that does not converge gives nan; it stays due, like any failed refresh.
-    succeeded = jnp.isfinite(total(finite))
-    number = sum(len(one.projectors) for one in found)
-    overlap = (total(squares) / number).astype(jnp.float32)
-    return NewSubspaces((q, r, values), overlaps, overlap, succeeded)
+    """New subspaces from the gradient ([b,] m, n) of each projected leaf."""
+    key = step_key(state.ascent.seed, state.count, SKETCH)
+
+    def decomposed(leaf: LeafPlan, known: list[Any], old: Stacks) -> Factors:
+        q, s, r = SUBSPACES[config.subspace](known[0], leaf.rank, key)
+        return Factors(leaf.matrix.projector(q, r), leaf.matrix.partner(q, r), s)
+
+    def iterated(leaf: LeafPlan, known: list[Any], old: Stacks) -> Factors:
+        view = leaf.matrix
+        g = view.orient(stacked(known[0], [g.shape[:-2] for g in known[0]]))
+        p = view.projector(old.get("q"), old.get("r")).astype(g.dtype)
+        first = state.last_refresh < 0
+        p, s = power_iteration(g, p, old["values"], first, config.power_decay)
+        return Factors(p, jnp.zeros((len(p), p.shape[-1], g.shape[-1]), g.dtype), s)
+
+    find = iterated if config.subspace == POWER_ITERATION else decomposed
+    return renewed(plan, state, [matrices], find, active)
 
 
 def projectors_of(plan: ProjectionPlan, q: Arrays, r: Arrays) -> Arrays:
@@ -133,15 +163,17 @@ def projectors_of(plan: ProjectionPlan, q: Arrays, r: Arrays) -> Arrays:
 
 
 def carried(
-    config: LowRankConfig, count: jax.Array, moments: Any, low: Arrays, overlaps: Arrays
+    config: LowRankConfig,
+    plan: ProjectionPlan,
+    moments: Any,
+    initial: Any,
+    overlaps: Arrays,
+    refreshed: Any,
+    count: jax.Array | None = None,
 ) -> Any:
-    """Moments of gradients like ``low`` in subspaces from sketches."""
-    initial = config.inner.init(low)
-
-    def carry(kind: str) -> Any:
-        return transport(kind, moments, initial, overlaps, config.decays)
-
-    if config.moment_transport != "keep" or config.decays is None:
-        return carry(config.moment_transport)
-    # While the first subspaces settle they turn at each update, and moments turn with them.
-    return jax.lax.cond(count < WARM_UP, lambda: carry("rotate"), lambda: carry("keep"))
+    """The inner state in new subspaces, if they are; of those from sketches with the count."""
+    kind = config.moment_transport
+    if kind == "keep" and config.decays is not None and count is not None:
+        # While the first subspaces settle they turn at each update, and moments turn with them.
+        kind, refreshed = "rotate", refreshed & (count < WARM_UP)
+    return transport(kind, moments, initial, overlaps, config.decays, refreshed, plan.stacks)

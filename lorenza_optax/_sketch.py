@@ -15,16 +15,16 @@ as many: benchmarks/results/refresh.json.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lorenza_optax._linalg import OVERSAMPLING, leading_left, orthonormal, stacked, total
+from lorenza_optax._linalg import OVERSAMPLING, leading_left, orthonormal, total
 from lorenza_optax._subspace import Factors
 
-__all__ = ["WARM_UP", "factors_from", "random_projectors", "sketch_rows"]
+__all__ = ["WARM_UP", "energy_of", "factors_from", "random_projectors", "sketch_rows"]
 
 WARM_UP = 3
 """Refreshes at the first updates, until subspaces that began at random have settled."""
@@ -67,21 +67,19 @@ def sketch_rows(rows: Arrays, projectors: Arrays, key: jax.Array) -> dict[str, j
     return columns
 
 
-def factors_from(
-    low: Arrays, sketches: Arrays, groups: Sequence[tuple[str, ...]]
-) -> tuple[list[Factors], jax.Array]:
-    """New factors from ĝ ([b,] r, l) and Y ([b,] k, r + p), for each group of like leaves.
+def factors_from(low: jax.Array, sketch: jax.Array) -> Factors:
+    """New factors from stacks of ĝ (B, r, l) and Y (B, k, r + p)."""
+    rank = low.shape[-2]
+    left, _ = leading_left(sketch, rank)
+    right, values = leading_left(low.mT, rank)
+    return Factors(left, right.mT, values)
 
-    Returns:
-      The factors, and ‖G‖² over all leaves, estimated from the Gaussian columns of Y.
-    """
-    found, energies = [], []
-    for paths in groups:
-        y, g = (stacked([tree[path] for path in paths]) for tree in (sketches, low))
-        rank = g.shape[-2]
-        left, _ = leading_left(y, rank)
-        right, values = leading_left(g.mT, rank)
-        found.append(Factors(paths, left, right.mT, values))
-        gaussian = y[..., rank:]
-        energies.append(jnp.sum(jnp.square(gaussian)) * (g.shape[-1] / gaussian.shape[-1]))
-    return found, total(energies)
+
+def energy_of(low: Arrays, sketches: Arrays) -> jax.Array:
+    """‖G‖² over all leaves, estimated from the Gaussian columns of Y."""
+    energies = []
+    for path, y in sketches.items():
+        gaussian = y[..., low[path].shape[-2] :]
+        free = low[path].shape[-1]
+        energies.append(jnp.sum(jnp.square(gaussian)) * (free / gaussian.shape[-1]))
+    return total(energies)

@@ -16,10 +16,16 @@ from lorenza_optax._linalg import total
 from lorenza_optax._noise import Noise
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._refresh import is_due
-from lorenza_optax._renewal import NewSubspaces, carried, projectors_of, renewed
+from lorenza_optax._renewal import (
+    NewSubspaces,
+    carried,
+    from_gradient,
+    projectors_of,
+    unchanged,
+)
 from lorenza_optax._residual import DISCARD, Situation
 from lorenza_optax._some import displaced, in_turn, moved_on, refresh_some, standing_still
-from lorenza_optax._state import LowRankState, examples
+from lorenza_optax._state import LowRankState
 from lorenza_optax._subspace import RANDOM, lift, project
 
 __all__ = [
@@ -39,8 +45,7 @@ class Prepared(NamedTuple):
       low: ĝ = Pᵀ G ([b,] r, l) by path; of no use where not ``usable``.
       others: The other leaves' gradients by path.
       subspaces: (q, r, singular_values) that ``low`` is in, as the state keeps them.
-      projected: Inner state of the projected leaves, in that subspace, as it is kept or as it
-        computes.
+      overlaps: P_newᵀ P_old by path, where a refresh moves the inner state; else empty.
       refreshed: Whether the subspaces are new.
       usable: Whether the gradient is finite.
       captured_energy: See :class:`LowRankState`.
@@ -52,7 +57,7 @@ class Prepared(NamedTuple):
     low: Arrays
     others: Arrays
     subspaces: tuple[Any, Any, Any]
-    projected: Any
+    overlaps: Arrays
     refreshed: Any
     usable: Any
     captured_energy: Any
@@ -74,10 +79,7 @@ def prepare(
     # Refuses inf and nan, and also what would overflow in a second moment.
     usable = jnp.isfinite(total(energy.values()))
     matrices = {path: leaf.matrix.matrix(wide[path]) for path, leaf in plan.projected.items()}
-    initial = config.inner.init(examples(plan, wide)[0])
-    moments = _carriable(config, state, initial)
-    old = (state.q, state.r, state.singular_values)
-    current = (old, moments, state.subspace_overlap, jnp.zeros((), bool))
+    new = unchanged(plan, state)
     first = usable & (state.last_refresh < 0)
     switched: Arrays = {}
     if matrices and (config.stagger or config.displacement):
@@ -85,26 +87,22 @@ def prepare(
         if config.stagger:
             chosen = in_turn(config, plan, state.count)
         else:
-            old_projectors = projectors_of(plan, *old[:2])
+            old_projectors = projectors_of(plan, state.q, state.r)
             still = standing_still(config, plan, old_projectors, matrices, state)
             switched = {path: usable & one for path, one in still.items()}
             chosen = displaced(plan, switched)
         # A gradient that is not finite loses its turn.
         chosen = [one._replace(stop=jnp.where(usable, one.stop, one.start)) for one in chosen]
 
-        def some() -> Any:
-            new, overlap, refreshed = refresh_some(config, plan, matrices, state, chosen, key)
-            return new, moments, overlap, refreshed
+        def some() -> NewSubspaces:
+            subspaces, overlap, refreshed = refresh_some(config, plan, matrices, state, chosen, key)
+            return NewSubspaces(subspaces, new.overlaps, overlap, refreshed)
 
-        current = jax.lax.cond(
-            first, lambda: renewed(config, plan, matrices, state, moments, initial), some
-        )
+        new = jax.lax.cond(first, lambda: from_gradient(config, plan, state, matrices, True), some)
     elif matrices and config.subspace not in RANDOM:
         due = usable & is_due(state.count, state.last_refresh, config.update_proj_gap)
-        current = jax.lax.cond(
-            due, lambda: renewed(config, plan, matrices, state, moments, initial), lambda: current
-        )
-    subspaces, moments, overlap, refreshed = current
+        new = from_gradient(config, plan, state, matrices, due)
+    subspaces = new.subspaces
     projectors = projectors_of(plan, *subspaces[:2])
     oriented = {path: plan.leaves[path].matrix.orient(g) for path, g in matrices.items()}
     low = {path: project(projectors[path], g) for path, g in oriented.items()}
@@ -118,9 +116,11 @@ def prepare(
     if switched:
         switched = {path: one | first for path, one in switched.items()}
         displacement = moved_on(switched, low, state)
+    overlaps = {} if config.moment_transport == "keep" else new.overlaps
     prepared = Prepared(
-        low, others, subspaces, moments, refreshed, usable, share, overlap, displacement, {}
-    )
+        low, others, subspaces, overlaps, new.refreshed, usable, share, new.overlap,
+        displacement, {},
+    )  # fmt: skip
     return prepared, oriented
 
 
@@ -135,22 +135,13 @@ def prepare_low(
     low = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in low.items()}
     others = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in others.items()}
     usable = jnp.isfinite(total(jnp.sum(g * g) for g in (*low.values(), *others.values())))
-    moments = _carriable(config, state, config.inner.init(low))
-    old = (state.q, state.r, state.singular_values)
-    no = jnp.zeros((), bool)
+    old = unchanged(plan, state)
+    overlaps = {} if config.moment_transport == "keep" else old.overlaps
     shares = (state.captured_energy, state.subspace_overlap)
-    return Prepared(low, others, old, moments, no, usable, *shares, state.displacement, {})
-
-
-def _carriable(config: LowRankConfig, state: LowRankState, initial: Any) -> Any:
-    """The inner state of the projected leaves, as it computes if a refresh may change it.
-
-    Otherwise as it is kept: loaded, it would leave the conditional of a refresh, and take its
-    memory in float32, before anything needs it.
-    """
-    if config.moment_transport == "keep":
-        return state.projected
-    return load_moments(state.projected, initial)
+    return Prepared(
+        low, others, old.subspaces, overlaps, old.refreshed, usable, *shares,
+        state.displacement, {},
+    )  # fmt: skip
 
 
 def complete(
@@ -188,7 +179,12 @@ def complete(
     prepared = prepared._replace(low=zeroed(prepared.low), others=zeroed(prepared.others))
     projectors = projectors_of(plan, *prepared.subspaces[:2])
     inner_update: Callable[..., Any] = config.inner.update
-    moments = load_moments(prepared.projected, config.inner.init(prepared.low))
+    initial = config.inner.init(prepared.low)
+    moments = load_moments(state.projected, initial)
+
+    if prepared.overlaps:
+        turns = prepared.overlaps, prepared.refreshed
+        moments = carried(config, plan, moments, initial, *turns)
     inner_low, projected = inner_update(prepared.low, moments, None, **extra_args)
     initial_others = config.others_inner.init(prepared.others)
     update_others: Callable[..., Any] = config.others_inner.update
@@ -234,18 +230,11 @@ def complete(
             whole = lift(projectors[path], inner)
         updates[path] = leaf.view.leaf(leaf.view.orient(whole)).astype(target.dtype)
 
-    subspaces, overlap = prepared.subspaces, prepared.overlap
-    refreshed = prepared.refreshed
+    subspaces, overlap, refreshed = prepared.subspaces, prepared.overlap, prepared.refreshed
     if new is not None:
-        refreshed = new.refreshed & usable
-
-        def cross() -> tuple[Any, Any, Any]:
-            moments = carried(config, state.count, projected, prepared.low, new.overlaps)
-            return new.subspaces, moments, new.overlap
-
-        subspaces, projected, overlap = jax.lax.cond(
-            refreshed, cross, lambda: (subspaces, projected, overlap)
-        )
+        subspaces, overlaps, overlap, refreshed = new
+        turns = overlaps, refreshed, state.count
+        projected = carried(config, plan, projected, initial, *turns)
 
     dtype = config.stored_moment_dtype()
     key = step_key(state.ascent.seed, state.count, ROUNDING)

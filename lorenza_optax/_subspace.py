@@ -24,16 +24,14 @@ __all__ = [
 
 
 class Factors(NamedTuple):
-    """New factors of leaves whose matrices are alike, in the oriented view; one stack for all.
+    """New factors of matrices that are alike, in the oriented view.
 
     Attributes:
-      paths: The leaves, in the order of the stacks.
       projectors: P (B, k, r).
       partners: K (B, r, l), orthonormal rows.
       values: Singular values (B, r), or of a power iteration the matrix S (B, r, r).
     """
 
-    paths: tuple[str, ...]
     projectors: jax.Array
     partners: jax.Array
     values: jax.Array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,8 +10,13 @@ import jax.numpy as jnp
 
 from lorenza_optax._inner import FIRST_MOMENTS, SECOND_MOMENT
 from lorenza_optax._linalg import matmul
+from lorenza_optax._plan import Stack
+from lorenza_optax._stacks import overwritten
 
 __all__ = ["TRANSPORTS", "check_rotatable", "transport"]
+
+Arrays = dict[str, jax.Array]
+Corrections = tuple[Any, ...]
 
 TRANSPORTS = ("keep", "reset", "rotate")
 
@@ -21,6 +27,8 @@ def transport(
     initial: Any,
     overlaps: dict[str, jax.Array],
     decays: tuple[Any, Any] | None,
+    active: jax.typing.ArrayLike = True,
+    stacks: Sequence[Stack] = (),
 ) -> Any:
     r"""The inner state in the new subspace.
 
@@ -45,6 +53,8 @@ def transport(
       initial: A freshly initialized inner state.
       overlaps: C by path, ([b,] r, r).
       decays: (β₁, β₂) where the state is known to be Adam's.
+      active: Whether there is a new subspace; if not, the state stays as it is.
+      stacks: Those of the plan: what they say to take in turn is overwritten matrix by matrix.
 
     References:
       Robert, Safaryan, Modoranu, Alistarh, `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024
@@ -52,43 +62,67 @@ def transport(
     if kind == "keep":
         return state
     if kind == "reset":
-        return initial
-    return _rotate(state, overlaps, decays)
+        return jax.lax.cond(active, lambda: initial, lambda: state)
+    batches = {paths[0]: batches for paths, batches, in_turn in stacks if in_turn}
+    together = {path: c for path, c in overlaps.items() if path not in batches}
+
+    def at_once(path: str, moments: Arrays, corrections: Corrections) -> Arrays:
+        return _rotated(moments, together[path], corrections)
+
+    def by_matrix(path: str, moments: Arrays, corrections: Corrections) -> Arrays:
+        old = {name: [moment] for name, moment in moments.items()}
+        rotated = overwritten(
+            lambda moments, overlap: _rotated(moments, overlap, corrections),
+            old, overlaps[path], batches[path], active, in_turn=True,
+        )  # fmt: skip
+        return {name: moment for name, [moment] in rotated.items()}
+
+    if together:
+        state = jax.lax.cond(
+            active, lambda: _rotate(state, at_once, set(together), decays), lambda: state
+        )
+    return _rotate(state, by_matrix, set(batches), decays) if batches else state
 
 
-def _rotate(node: Any, overlaps: dict[str, jax.Array], decays: tuple[Any, Any] | None) -> Any:
+def _rotate(
+    node: Any, rotate: Callable[..., Arrays], paths: set[str], decays: tuple[Any, Any] | None
+) -> Any:
+    """The state with the moments of some leaves rotated, those of one field each with the other."""
     if not isinstance(node, tuple):
         return node
     if not hasattr(node, "_fields"):
-        return tuple(_rotate(child, overlaps, decays) for child in node)
+        return tuple(_rotate(child, rotate, paths, decays) for child in node)
     fields = node._asdict()  # pyright: ignore[reportAttributeAccessIssue]
-    first = next((fields[name] for name in FIRST_MOMENTS if name in fields), {})
     corrections = (1.0, 1.0)
     if decays is not None:
         # Before the first update both moments are 0, and so is 1 - β⁰.
         corrections = tuple(1 - beta ** jnp.maximum(fields["count"], 1) for beta in decays)
-    new = {}
-    for name, value in fields.items():
-        if name in FIRST_MOMENTS:
-            new[name] = {path: matmul(overlaps[path], m) for path, m in value.items()}
-        elif name == SECOND_MOMENT:
-            new[name] = {
-                path: _rotate_second(overlaps[path], v, first.get(path), corrections)
-                for path, v in value.items()
-            }
-        else:
-            new[name] = _rotate(value, overlaps, None)
+    moments = {n: tree for n, tree in fields.items() if n in (*FIRST_MOMENTS, SECOND_MOMENT)}
+    new = {
+        name: dict(tree) if name in moments else _rotate(tree, rotate, paths, None)
+        for name, tree in fields.items()
+    }
+    for path in paths:
+        own = {name: tree[path] for name, tree in moments.items() if path in tree}
+        for name, moment in (rotate(path, own, corrections) if own else {}).items():
+            new[name][path] = moment
     return type(node)(**new)
 
 
-def _rotate_second(
-    c: jax.Array, v: jax.Array, m: jax.Array | None, corrections: tuple[Any, ...]
-) -> jax.Array:
-    if m is None:
-        return matmul(c * c, v)
-    m_hat, v_hat = m / corrections[0], v / corrections[1]
-    rotated = matmul(c * c, jnp.maximum(v_hat - m_hat * m_hat, 0)) + matmul(c, m_hat) ** 2
-    return (rotated * corrections[1]).astype(v.dtype)
+def _rotated(moments: Arrays, c: jax.Array, corrections: Corrections) -> Arrays:
+    first = next((moments[name] for name in FIRST_MOMENTS if name in moments), None)
+
+    def second(v: jax.Array) -> jax.Array:
+        if first is None:
+            return matmul(c * c, v)
+        m_hat, v_hat = first / corrections[0], v / corrections[1]
+        rotated = matmul(c * c, jnp.maximum(v_hat - m_hat * m_hat, 0)) + matmul(c, m_hat) ** 2
+        return (rotated * corrections[1]).astype(v.dtype)
+
+    return {
+        name: second(moment) if name == SECOND_MOMENT else matmul(c, moment)
+        for name, moment in moments.items()
+    }
 
 
 def check_rotatable(inner: Any, state: Any, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -118,11 +118,10 @@ class LowRankUpdate(Unformed):
         return self.view.shape
 
     def _scaled(self, factor: jax.Array) -> dict[str, Any]:
-        # The shorter factor is scaled.
-        left, right = self.left, self.right
-        if left.size < right.size:
-            return {"left": left * factor.astype(left.dtype)}
-        return {"right": right * factor.astype(right.dtype)}
+        # Not the projector, which is the state's: that would be a copy of it.
+        name = "right" if self.view.compressed == "left" else "left"
+        part = getattr(self, name)
+        return {name: part * factor.astype(part.dtype)}
 
     def added_to(self, leaf: jax.Array) -> jax.Array:
         return in_auto_mode(self._add, leaf, self.left, self.right, self.decay, like=leaf)
