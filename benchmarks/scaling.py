@@ -8,10 +8,8 @@ optimizer's program and the CPU seconds to make it, "time" a race of several in 
 import functools
 from typing import NamedTuple
 
-import programs
-from programs import Shape
-
-from benchmarks import scaling_devices, scaling_programs
+from benchmarks import programs, scaling_devices, scaling_programs
+from benchmarks.programs import Shape
 from benchmarks.scaling_findings import again
 from benchmarks.scaling_report import report
 

@@ -14,10 +14,9 @@ import subprocess
 import sys
 
 import jax
-import programs
 
 import lorenza_optax
-from benchmarks import experiments
+from benchmarks import experiments, programs
 
 PLACEMENTS = ("replicated", "fsdp")  # of parameters and state; the batch is always split
 

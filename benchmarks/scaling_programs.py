@@ -5,11 +5,10 @@ import time
 
 import jax
 import jax.numpy as jnp
-import measuring
 import optax.contrib
-import programs
 
 import lorenza_optax
+from benchmarks import measuring, programs
 
 PROBES = {count: f"zo, q={count}" for count in (1, 2, 4, 8, 16)}
 # Beside the optimizers of step_cost.py, which runs all that it finds there and not this file.

@@ -1,4 +1,4 @@
-"""Sections A and B of refresh.py: new factors of one matrix, their time and what they capture."""
+"""Sections A and B: new factors of one matrix, their time and what they capture."""
 
 import statistics
 import time
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-import programs
 import rich.progress
-from bars import Bar
 
 import llama
 import lorenza_optax
+from benchmarks import programs
+from benchmarks.bars import Bar
 from lorenza_optax._linalg import randomized_svds
 
 GAP = 200

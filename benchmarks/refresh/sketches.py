@@ -1,4 +1,4 @@
-"""Section E of refresh.py: ways to find new subspaces, on the same real gradients.
+"""Section E: ways to find new subspaces, on the same real gradients.
 
 The gradients are those of a small Llama's matrices in training with AdamW, taken at the first
 three updates and then every T. Each way goes on from its own last factors, as a training run
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import rich.progress
-from refresh_matrix import best_share, share
 
 import corpus
 import llama
 import lorenza_optax
 import optimizers
 import pretrain
+from benchmarks.refresh.matrix import best_share, share
 from lorenza_optax import _sketch
 from lorenza_optax._linalg import OVERSAMPLING, matmul, orthonormal
 

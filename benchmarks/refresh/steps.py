@@ -1,4 +1,4 @@
-"""Section C of refresh.py: a deep unrolled model, compiled and then trained over refreshes."""
+"""Section C: a deep unrolled model, compiled and then trained over refreshes."""
 
 import statistics
 import time
@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import programs
 import rich.progress
-from bars import Bar
 
 import lorenza_optax
 import optimizers
+from benchmarks import programs
+from benchmarks.bars import Bar
 
 OWN, STAGGERED = "zo, q=1", "zo, q=1, stagger"
 SKETCH = "zo, q=1, sketch"

@@ -1,38 +1,33 @@
 """Every method of the family on the main job, at equal steps and a tuned learning rate each.
 
-    python benchmarks/family.py                        # all; goes on where it was interrupted
-    python benchmarks/family.py --method galore lotus
+    python -m benchmarks.family                        # all; goes on where it was interrupted
+    python -m benchmarks.family --method galore lotus
 
 Each method trains the main job's model on its batches, for `--steps` steps and the shape of
 learning-rate schedule that all of examples/ use. Its peak is searched on a grid of a factor of 3
 around the rate in examples/optimizers.py, which grows until the best is not at its edge, to six
 trials at most. One seed:
 small differences mean nothing. Results go to benchmarks/results/family.json as they come, with
-the bytes of each optimizer's state for GaLore's Llama of 60M; family_table.py prints the README's
+the bytes of each optimizer's state for GaLore's Llama of 60M; readme_table.py prints the README's
 table from them.
 """
 
-import argparse
 import json
-import pathlib
 import statistics
-import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / "examples"))
+import jax
+import optax
 
-import jax  # noqa: E402
-import optax  # noqa: E402
+import corpus
+import llama
+import machine
+import optimizers
+import pretrain
+import reporting
+from benchmarks import experiments, options
 
-import corpus  # noqa: E402
-import llama  # noqa: E402
-import machine  # noqa: E402
-import optimizers  # noqa: E402
-import pretrain  # noqa: E402
-import reporting  # noqa: E402
-
-RESULTS = ROOT / "results" / "family.json"
+RESULTS = experiments.RESULTS / "family.json"
 FACTOR = 3.0
 MOST_TRIALS = 6
 
@@ -133,7 +128,7 @@ def _bytes(tree):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = options.parser_of("family", __doc__)
     parser.add_argument("--method", nargs="+", choices=optimizers.OPTIMIZERS, metavar="NAME")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--again", action="store_true", help="also what is stored")

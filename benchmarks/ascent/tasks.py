@@ -1,22 +1,17 @@
-"""The two trajectories that `ascent.py` measures along: the main job, and a fine-tuning run."""
+"""The two trajectories that are measured along: the main job, and a fine-tuning run."""
 
 import functools
-import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / "examples"))
-
-import batches  # noqa: E402
-import bert  # noqa: E402
-import corpus  # noqa: E402
-import glue  # noqa: E402
-import llama  # noqa: E402
-import lorenza_optax  # noqa: E402
-import optimizers  # noqa: E402
-import pretrain  # noqa: E402
+import batches
+import bert
+import corpus
+import glue
+import llama
+import lorenza_optax
+import optimizers
+import pretrain
 
 BATCH_SIZE, RANK, UPDATE_PROJ_GAP = 16, 8, 50
 # Fine-tuning on SST-2, 60 steps, mean loss of the last 20: 3e-4 0.49, 1e-3 0.40, 3e-3 0.40.

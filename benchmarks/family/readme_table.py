@@ -1,14 +1,15 @@
 """The README's table of the family, from benchmarks/results/family.json.
 
-    python benchmarks/family_table.py
+    python -m benchmarks.family.readme_table
 
-`benchmarks/family.py` makes the numbers; what is said of each method is here.
+`python -m benchmarks.family` makes the numbers; what is said of each method is here.
 """
 
 import json
-import pathlib
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "family.json"
+from benchmarks import experiments
+
+RESULTS = experiments.RESULTS / "family.json"
 
 
 # What each keeps for a matrix (k, l), k the compressed side; passes of a step in units of one

@@ -1,4 +1,4 @@
-"""Section D of refresh.py: the main job, with refreshes from gradients and from sketches."""
+"""Section D: the main job, with refreshes from gradients and from sketches."""
 
 import functools
 import statistics
@@ -6,10 +6,7 @@ import time
 
 import jax
 import numpy as np
-import programs
 import rich.progress
-from bars import Bar
-from refresh_matrix import best_share, share
 
 import corpus
 import llama
@@ -17,6 +14,9 @@ import lorenza_optax
 import optimizers
 import pretrain
 import training
+from benchmarks import programs
+from benchmarks.bars import Bar
+from benchmarks.refresh.matrix import best_share, share
 
 REFRESHES = ("gradient", "sketch")
 

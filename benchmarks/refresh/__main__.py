@@ -1,7 +1,7 @@
 """What a refresh costs and what it captures, beside GaLore's, and how LORENZA compiles.
 
-    python benchmarks/refresh.py              # about half an hour on two cores
-    python benchmarks/refresh.py --quick      # tiny sizes: does it run?
+    python -m benchmarks.refresh              # about half an hour on two cores
+    python -m benchmarks.refresh --quick      # tiny sizes: does it run?
 
 Sections: A the refresh of one matrix of a real gradient, beside optax.contrib.galore's; B the
 energy that the randomized SVD captures, by power iterations; C a deep unrolled model, the time to
@@ -12,27 +12,23 @@ run (--quick, --only) writes only where --out says. Exits with 1 if what is time
 should be.
 """
 
-import argparse
 import json
 import pathlib
 import sys
 from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / "examples"))
+import jax
+import rich.console
 
-import jax  # noqa: E402
-import programs  # noqa: E402
-import refresh_report  # noqa: E402
-import rich.console  # noqa: E402
-from bars import bars_table, stored  # noqa: E402
-from programs import Shape  # noqa: E402
-from refresh_matrix import Matrix, captured, one_matrix  # noqa: E402
-from refresh_sketches import sketches  # noqa: E402
-from refresh_steps import deep_model  # noqa: E402
-from refresh_training import main_job  # noqa: E402
-
-import machine  # noqa: E402
+import machine
+from benchmarks import experiments, options, programs
+from benchmarks.bars import bars_table, stored
+from benchmarks.programs import Shape
+from benchmarks.refresh import report
+from benchmarks.refresh.matrix import Matrix, captured, one_matrix
+from benchmarks.refresh.sketches import sketches
+from benchmarks.refresh.steps import deep_model
+from benchmarks.refresh.training import main_job
 
 
 class Deep(NamedTuple):
@@ -61,7 +57,7 @@ SECTIONS = {"A": one_matrix, "B": captured, "C": deep_model, "D": main_job, "E":
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = options.parser_of("refresh", __doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--rounds", type=int, help="timed calls in A and B (default: 7)")
     parser.add_argument("--compilations", type=int, help="of each program in C (default: 2)")
@@ -88,7 +84,7 @@ def main():
         console.width = 130
     text, sizes = programs.Text(), QUICK if arguments.quick else SIZES
     partial = arguments.quick or arguments.only != list(SECTIONS)
-    out = arguments.out or (None if partial else ROOT / "results")
+    out = arguments.out or (None if partial else experiments.RESULTS)
 
     summary, bars, checks = {}, [], []
     for section in arguments.only:
@@ -96,13 +92,13 @@ def main():
         measure = SECTIONS[section]
         summary[section], reached, right = measure(sizes[section], arguments, text, console)
         bars, checks = bars + reached, checks + right
-        for made in refresh_report.TABLES[section](summary[section]):
+        for made in report.TABLES[section](summary[section]):
             console.print(made)
     console.print(bars_table(checks, "Checks of what is timed"))
     console.print(bars_table(bars))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        refresh_report.plot(summary, out / "refresh.png")
+        report.plot(summary, out / "refresh.png")
         kept = {key: getattr(arguments, key) for key in ("rounds", "compilations", "seeds")}
         summary = {
             "bars": stored(bars),

@@ -1,4 +1,4 @@
-"""The tables and the plot of refresh.py."""
+"""The tables and the plot of `python -m benchmarks.refresh`."""
 
 import statistics
 

@@ -1,4 +1,4 @@
-"""The ascents that ascent.py compares, and the perturbation that each makes."""
+"""The ascents that are compared, and the perturbation that each makes."""
 
 from typing import Any, NamedTuple
 

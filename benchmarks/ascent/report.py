@@ -1,8 +1,8 @@
-"""The table and the plot of ascent.py."""
+"""The table and the plot of `python -m benchmarks.ascent`."""
 
 import rich.table
-from ascent_choices import BAR, SAM, SUBSPACE
 
+from benchmarks.ascent.choices import BAR, SAM, SUBSPACE
 from reporting import pyplot
 
 

@@ -1,7 +1,7 @@
 """What each ascent finds, measured on LORENZA's own trajectory.
 
-    python benchmarks/ascent.py                                  # during the main job
-    python benchmarks/ascent.py --data-dir /path/to/glue         # and during two fine-tuning runs
+    python -m benchmarks.ascent                                  # during the main job
+    python -m benchmarks.ascent --data-dir /path/to/glue         # and during two fine-tuning runs
 
 At several steps of a run, on the parameters, the optimizer's state and the batch of that step,
 each choice gives its perturbation of length rho, as `perturbed_value_and_grad` takes it. Told of
@@ -11,18 +11,22 @@ to find it. Written are benchmarks/results/ascent.json and ascent.png. Exits wit
 "subspace" finds less than 85 % of SAM's rise.
 """
 
-import argparse
 import json
 import pathlib
 import statistics
 import sys
 
-import ascent_tasks  # puts examples/ on the path, for the imports below
 import jax
 import optax
 import rich.console
 import rich.progress
-from ascent_choices import (
+
+import lorenza_optax
+import machine
+import optimizers
+from benchmarks import experiments, options
+from benchmarks.ascent import tasks
+from benchmarks.ascent.choices import (
     BAR,
     CHOICES,
     OWN,
@@ -31,13 +35,8 @@ from ascent_choices import (
     perturbation_by,
     perturbation_by_sam,
 )
-from ascent_report import plot, table
+from benchmarks.ascent.report import plot, table
 
-import lorenza_optax
-import machine
-import optimizers
-
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 SMALL_RHO = 0.01  # where the loss is closer to linear
 
 
@@ -203,19 +202,24 @@ def summarized(choice, rows, radii):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = options.parser_of("ascent", __doc__)
     add = parser.add_argument
     add("--data-dir", help="folder with RTE/ and SST-2/, see examples/glue.py")
-    add("--task", nargs="+", choices=ascent_tasks.TASKS, help="(default: all there is data for)")
+    add("--task", nargs="+", choices=tasks.TASKS, help="(default: all there is data for)")
     add("--steps", type=int, help="of each trajectory (default: 200, fine-tuning 150)")
     add("--every", type=int, help="steps between measurements (default: 25, fine-tuning 20)")
     add("--draws", type=int, default=4, help="of the probes, at each measurement")
     add("--rho", type=float, default=0.05)
     add("--seed", type=int, default=0)
-    add("--out", type=pathlib.Path, default=RESULTS, help="folder of ascent.json and ascent.png")
+    add(
+        "--out",
+        type=pathlib.Path,
+        default=experiments.RESULTS,
+        help="folder of ascent.json and ascent.png",
+    )
     arguments = parser.parse_args()
     if arguments.task is None:
-        arguments.task = list(ascent_tasks.TASKS) if arguments.data_dir else ["main_job"]
+        arguments.task = list(tasks.TASKS) if arguments.data_dir else ["main_job"]
     if arguments.data_dir is None and arguments.task != ["main_job"]:
         parser.error("--data-dir is needed for the fine-tuning tasks")
 
@@ -225,7 +229,7 @@ def main():
         console.width = 110
     results = {}
     for name in arguments.task:
-        task = ascent_tasks.TASKS[name](arguments)
+        task = tasks.TASKS[name](arguments)
         results[name] = follow(name, task, arguments, radii, console)
         console.print(table(results[name], radii))
 

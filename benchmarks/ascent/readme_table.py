@@ -1,14 +1,14 @@
 """The README's table of ascents: what each finds and costs, from the stored results.
 
-    python benchmarks/readme_table.py
+    python -m benchmarks.ascent.readme_table
 
 Reads results/ascent.json and results/step_cost.json, and runs nothing.
 """
 
 import json
-import pathlib
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+from benchmarks import experiments
+
 # How the README calls an ascent, and the two scripts.
 ROWS = {
     '`rho=0`, or `"none"`': (None, "rho=0"),
@@ -24,7 +24,7 @@ TASKS = {"main_job": "pre-training", "sst2": "SST-2", "rte": "RTE"}
 
 
 def load(name):
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return json.loads((experiments.RESULTS / f"{name}.json").read_text())
 
 
 def markdown(ascent, step_cost):
