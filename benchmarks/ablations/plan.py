@@ -1,16 +1,7 @@
-"""One choice of LORENZA's changed at a time: what each is worth, and which default it led to.
+"""The cells of the ablations, made of the unchanged ones."""
 
-Each variant is the tuned run of another experiment with one change: pre-training the smaller Llama
-on Python's standard library, and fine-tuning on SST-2 and STS-B with 256 examples. Seeds and data
-are those of the unchanged runs, so differences are paired. The learning rates stay as they were
-tuned for the unchanged method, which favours it.
-"""
-
-from benchmarks import experiments, finetuning, pretraining
-from benchmarks.ablations_report import again, report
-from benchmarks.ablations_variants import VARIANTS
-
-__all__ = ["again", "cells", "report", "run"]
+from benchmarks import finetuning, pretraining
+from benchmarks.ablations.variants import VARIANTS
 
 TASKS = ("sst2", "stsb")
 PRETRAINING_SEEDS = 2  # of three
@@ -54,25 +45,3 @@ def _changed(size, base, name, variant, experiment):
         "rho_factor": variant.rho_factor,
         "group": f"{experiment}-{name}-{base['group']}",
     }
-
-
-def run(cell, display, needed):
-    base = base_result(cell)
-    changed = {**cell, "arguments": {**cell.get("arguments", {}), **cell["changes"]}}
-    if cell["experiment"] == "pretraining":
-        rates = {key: base[key] for key in ("matrices_rate", "others_rate")}
-        rates["matrices_rate"] *= cell["rate_factor"]
-        changed["rho"] *= cell["rho_factor"]
-        return pretraining.train(changed, rates, display).result
-    rates = {
-        "learning_rate": base["learning_rate"] * cell["rate_factor"],
-        "rho": base["rho"] * cell["rho_factor"],
-    }
-    return finetuning.fine_tune(changed, rates, display)
-
-
-def base_result(cell):
-    """The stored result of the unchanged run."""
-    of = {"pretraining": pretraining, "finetuning": finetuning}[cell["experiment"]]
-    [base] = [c for c in of.cells(cell["size"]) if c["id"] == cell["base"]]
-    return experiments.of_another(cell["experiment"], base)["result"]

@@ -7,7 +7,7 @@ from matplotlib import pyplot
 import glue
 import lorenza_optax
 from benchmarks import experiments, tables
-from benchmarks.ablations_variants import VARIANTS
+from benchmarks.ablations.variants import VARIANTS
 
 # What the measurements led to, by question.
 DECISIONS: dict[str, str] = {}

@@ -6,8 +6,9 @@ import numpy as np
 from matplotlib import pyplot
 
 import glue
-from benchmarks import bootstrap, experiments, tables
-from benchmarks.finetuning_methods import HELD_OUT, METHODS
+from benchmarks import experiments, tables
+from benchmarks.finetuning import bootstrap
+from benchmarks.finetuning.methods import HELD_OUT, METHODS
 
 BASELINES = ("galore", "adamw", "sam")
 SUBJECTS = ("lorenza_zo", "lorenza_subspace")  # of the findings

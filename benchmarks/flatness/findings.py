@@ -8,7 +8,8 @@ import statistics
 
 import numpy as np
 
-from benchmarks import rank_correlation, tables
+from benchmarks import tables
+from benchmarks.flatness import rank_correlation
 from benchmarks.tables import NAMES
 
 MEASURES = {

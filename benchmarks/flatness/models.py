@@ -1,9 +1,7 @@
-"""How flat the minima are that fine-tuning and pre-training end in: curvature and worst rise.
+"""The final models, trained anew, and what is measured about each.
 
-A cell takes the hyperparameters of a final run of `finetuning` or `pretraining` from its record,
-trains the model anew, since no weights are stored, sees whether it is the same, and measures the
-loss about it on some of its training examples and on as many held-out ones, the same for all
-methods of one seed.
+A cell takes the hyperparameters of its run from that one's record, and sees whether the model that
+they lead to now is the recorded one.
 """
 
 import functools
@@ -17,68 +15,14 @@ import numpy as np
 
 import bert
 import glue
-from benchmarks import curvature, experiments, finetuning, pretraining, pretraining_runs
-from benchmarks.flatness_report import again, report
+from benchmarks import experiments
+from benchmarks.finetuning import inputs
+from benchmarks.finetuning import training as fine_tuning
+from benchmarks.flatness import curvature
+from benchmarks.pretraining import training as pre_training
 
-__all__ = ["again", "cells", "report", "run"]
-
-TASKS = ("sst2", "stsb")  # RTE and CoLA are left for later
-METHODS = ("adamw", "galore", "sam", "lorenza_zo", "lorenza_subspace")
-TEXTS = ("stdlib",)
-LLAMA_METHODS = (
-    "adamw", "galore", "fira", "lotus", "lorenza", "lorenza_subspace", "lorenza_plus", "muon",
-)  # fmt: skip
-EXAMPLES = 256  # to fine-tune on
-SEEDS = range(3)
-
-# Of each of the two sets: texts of 32 or 48 tokens, and sequences of 128.
-MEASURED = {"finetuning": 64, "pretraining": 32}
-SETTINGS = {
-    # At most: five gave a residual of 0.3 % on SST-2, seven of 0.2 % on the Llama.
-    "lanczos_steps": 12,
-    "tolerance": 0.01,
-    # SAM's radius. At 0.5 the loss of a fine-tuned model rises to 4, and nothing local is left.
-    "rho": 0.05,
-    "relative_rho": 0.5,  # adaptive SAM's is about ten times SAM's
-    "ascent_steps": 5,
-    "random_directions": 1,  # there and back, as a control: nothing rises in 22 M dimensions
-}
 # Rounding differs from one machine to another, and training amplifies it.
 SAME = 0.02  # relative difference of losses, and mean difference of predictions
-
-
-def cells(size):
-    small, *_ = pretraining.MODELS[size]
-    fine_tuned = [
-        c for c in finetuning.cells(size)
-        if c["kind"] == "final" and c["examples"] == EXAMPLES and c["seed"] in SEEDS
-        and c["task"] in TASKS and c["method"] in METHODS
-    ]  # fmt: skip
-    pre_trained = [
-        c for c in pretraining.cells(size)
-        if c["kind"] == "final" and c["model"] == small and c["seed"] in SEEDS
-        and c["text"] in TEXTS and c["method"] in LLAMA_METHODS
-    ]  # fmt: skip
-    return [_cell("finetuning", c) for c in fine_tuned] + [
-        _cell("pretraining", c)
-        # All seeds of a method together: they share its program.
-        for c in sorted(pre_trained, key=lambda c: LLAMA_METHODS.index(c["method"]))
-    ]
-
-
-def _cell(kind, source):
-    return {
-        "id": f"{kind}-{source['id']}",
-        "kind": kind,
-        "task": source["task"] if kind == "finetuning" else source["text"],
-        "method": source["method"],
-        "seed": source["seed"],
-        "source": source,
-        "measured": MEASURED[kind],
-        **SETTINGS,
-        "group": f"{kind}-{source['group']}",
-        "work": 1,
-    }
 
 
 class Subject(NamedTuple):
@@ -164,15 +108,15 @@ def _relative(before, now):
 
 def _fine_tuned(cell, record, display):
     source, task = cell["source"], glue.TASKS[cell["task"]]
-    config, _ = finetuning.checkpoint_of(finetuning.CHECKPOINT, cell["task"])
-    tokenized = functools.partial(finetuning.tokenized, cell["task"])
-    train, dev, shift = finetuning.data_of(source)  # as in the run of the record
+    config, _ = inputs.checkpoint_of(inputs.CHECKPOINT, cell["task"])
+    tokenized = functools.partial(inputs.tokenized, cell["task"])
+    train, dev, shift = inputs.data_of(source)  # as in the run of the record
     hyperparameters = {key: record[key] for key in ("learning_rate", "rho")}
-    trained = finetuning.training(source, hyperparameters, train, display)
+    trained = fine_tuning.train(source, hyperparameters, train, display)
 
     rows = np.random.default_rng(0).permutation(len(dev))[: cell["measured"]]
     held_out = [dev[row] for row in rows]
-    scores = finetuning.scores_of(
+    scores = fine_tuning.scores_of(
         cell["task"], trained.params, tokenized(held_out, source["score_len"])
     )
     now = scores.argmax(axis=1) if task.labels else scores[:, 0] + shift
@@ -202,16 +146,16 @@ def _fine_tuned(cell, record, display):
 def _pre_trained(cell, record, display):
     source = cell["source"]
     rates = {key: record[key] for key in ("matrices_rate", "others_rate")}
-    trained = pretraining_runs.train(source, rates, display)
-    data = pretraining_runs.data_of(source)
+    trained = pre_training.train(source, rates, display)
+    data = pre_training.data_of(source)
     count = -(-cell["measured"] // source["batch_size"])
     # Batches that it was trained on, from its first to its last.
     steps = np.linspace(0, source["steps"] - 1, count).astype(int)
-    seen = [pretraining_runs.train_batch(source, data, int(step)) for step in steps]
-    held_out = pretraining_runs.validation_batches(source, data)
+    seen = [pre_training.train_batch(source, data, int(step)) for step in steps]
+    held_out = pre_training.validation_batches(source, data)
     losses = [record["validation_loss"], trained.result["validation_loss"]]
     return Subject(
-        loss=pretraining_runs.loss_of(source),
+        loss=pre_training.loss_of(source),
         params=trained.params,
         parts={"train": seen, "test": list(held_out[:: max(1, len(held_out) // count)][:count])},
         same={"validation_loss": losses},

@@ -5,14 +5,16 @@ import statistics
 
 from matplotlib import pyplot
 
-from benchmarks import experiments, flatness_findings, tables
-from benchmarks.flatness_findings import (
+from benchmarks import experiments, tables
+from benchmarks.flatness.findings import (
     BASELINE,
     MEASURES,
     PARTS,
     TITLES,
     correlation,
+    headline,
     log_ratios,
+    of_kind,
     shown,
 )
 from benchmarks.tables import NAMES
@@ -30,8 +32,8 @@ def report(size, cells, records, folder):
         path = folder / f"flatness-{size}-{kind}.png"
         _plot(here, tasks, path)
         body += ["", f"![Flatness and score](results/{folder.name}/{path.name})"]
-        findings += flatness_findings.of_kind(kind, size, here)
-    return experiments.Section([*flatness_findings.headline(by_kind), *findings], body)
+        findings += of_kind(kind, size, here)
+    return experiments.Section([*headline(by_kind), *findings], body)
 
 
 def again(size, cells, records):

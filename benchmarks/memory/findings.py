@@ -3,7 +3,7 @@
 import operator
 
 from benchmarks import experiments
-from benchmarks.memory_methods import METHODS
+from benchmarks.memory.methods import METHODS
 
 HEADLINE = 0.67  # published: "up to 67 % less memory"
 BASELINES = ("adamw", "sam", "galore_randomized", "lora")

@@ -10,7 +10,7 @@ import optax.contrib
 
 import lorenza_optax
 import optimizers
-from benchmarks import memory_model
+from benchmarks.memory import model
 from lorenza_optax import methods
 
 LEARNING_RATE = 1e-3
@@ -41,7 +41,7 @@ def _low_rank(name, factory, embedding=False, moment_dtype=None, **arguments):
     """
 
     def chosen(dtype):
-        matrices = functools.partial(memory_model.matrices, embedding=embedding)
+        matrices = functools.partial(model.matrices, embedding=embedding)
         own = {"moment_dtype": moment_dtype or dtype, "weight_dimension_numbers": matrices}
         return own | arguments
 
@@ -70,7 +70,7 @@ def _optax_galore(rank, dtype):
     del dtype
 
     def numbers(params):
-        chosen = memory_model.matrices(params)
+        chosen = model.matrices(params)
         ours = optax.contrib.GaLoreDimensionNumbers()
         is_leaf = lambda node: isinstance(node, lorenza_optax.WeightDimensionNumbers)  # noqa: E731
         return jax.tree.map(lambda _: ours, chosen, is_leaf=is_leaf)

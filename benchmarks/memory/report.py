@@ -3,8 +3,7 @@
 from matplotlib import pyplot
 
 from benchmarks import experiments, tables
-from benchmarks.memory_methods import METHODS
-from benchmarks.memory_shapes_findings import (
+from benchmarks.memory.findings import (
     BASELINES,
     HEADLINE,
     MEASURES,
@@ -14,6 +13,7 @@ from benchmarks.memory_shapes_findings import (
     kept,
     saved,
 )
+from benchmarks.memory.methods import METHODS
 
 ROBERTA_NAMES = {
     "adamw": "AdamW",

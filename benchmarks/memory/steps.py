@@ -1,10 +1,4 @@
-"""What training takes at the shapes of Llamas of 60M to 7B: counted, and of the compiled step.
-
-Weights, gradients and optimizer state are counted from shapes, to the byte. The whole step, with
-weights and state donated and updates applied, is compiled from shapes alone, and XLA says what it
-holds besides. Cells with steps also run: what they allocate is compared with the count, and a GPU
-tells the peak of its allocator.
-"""
+"""A training step compiled from shapes, counted, and, of the smallest, run."""
 
 import dataclasses
 import math
@@ -19,92 +13,24 @@ import jax
 import jax.numpy as jnp
 
 import llama
-from benchmarks import memory_model, programs
-from benchmarks.memory_methods import METHODS
-from benchmarks.memory_shapes_findings import again
-from benchmarks.memory_shapes_report import report
+from benchmarks import programs
+from benchmarks.memory import model
+from benchmarks.memory.methods import METHODS
 from lorenza_optax import memory
 from lorenza_optax._model_shapes import ModelSizes, abstract_params
-
-__all__ = ["again", "cells", "report", "run"]
 
 # This process holds no GPU memory that its children need, who each run one cell: a peak is that of
 # a process. Read when JAX first looks for a GPU, and of no effect without one.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-# (preset, ranks), the GaLore paper's rank first; what matters most is first, too.
-SHAPES = (
-    ("7B", (1024, 128, 8)), ("60M", (128,)), ("1B", (512,)), ("350M", (256,)), ("130M", (256,)),
-)  # fmt: skip
-BATCH = (1, 256)
-LARGER_BATCHES = (("7B", 128, (16, 256)), ("60M", 128, (64, 256)))
-AT_LARGER = ("adamw", "lora", "galore_randomized", "lorenza_sketch")
-UNROLLED = ("adamw", "galore_optax", "galore_randomized", "lorenza", "lorenza_sketch")
-OTHER_DTYPE = ("adamw", "lorenza_sketch")
-STEPS = 2
-RUN = ("adamw", "lora", "lorenza")
-# At these, which lie between others, a CPU compiles a part of the methods only.
-BETWEEN = ("350M", "130M")
-CORE = ("adamw", "adafactor", "lora", "galore_randomized", "lorenza", "lorenza_sketch",
-        "lorenza_least")  # fmt: skip
 # By shapes alone: RoBERTa-base, a usual subject of fine-tuning in a small rank.
 ROBERTA = ModelSizes(
     "RoBERTa-base", "bert", 50_265, 768, 3072, 12, 768, 768,
     frozenset({"qkv", "out", "mlp"}), max_positions=514, num_token_types=1, dtype="bfloat16",
 )  # fmt: skip
-ROBERTA_RANKS = (4, 8)
 # The time to compile is half as long, and what XLA plans to hold is the same to the byte: LLVM's
 # optimizations come after that.
 FAST = {"xla_backend_optimization_level": 0}
-
-
-def cells(size):
-    dtype = "float32" if size == "cpu" else "bfloat16"
-    made = []
-    for preset, ranks in SHAPES:
-        for rank in ranks:
-            for name, method in METHODS.items():
-                left_out = size == "cpu" and preset in BETWEEN and name not in CORE
-                if left_out or not method.scanned:
-                    continue
-                if method.has_rank or rank == ranks[0]:
-                    cell = _cell(size, preset, name, rank, dtype=dtype)
-                    if preset == "60M" and name in RUN:
-                        cell["steps"] = STEPS
-                    made.append(cell)
-    for preset, rank, batch in LARGER_BATCHES:
-        made += [_cell(size, preset, name, rank, dtype=dtype, batch=batch) for name in AT_LARGER]
-    made += [_cell(size, "60M", name, 128, dtype=dtype, scanned=False) for name in UNROLLED]
-    if size == "cpu":
-        made += [_cell(size, "7B", name, 128, dtype="bfloat16") for name in OTHER_DTYPE]
-        made += [_counted(size, rank) for rank in ROBERTA_RANKS]
-    return made
-
-
-def _cell(size, preset, name, rank, *, dtype, batch=BATCH, scanned=True):
-    method = METHODS[name]
-    rank = rank if method.has_rank else None
-    parts = [size, preset, name, f"r{rank}" if method.has_rank else ""]
-    parts += ["x".join(map(str, batch)) if batch != BATCH else "", "" if scanned else "unrolled"]
-    parts += ["bf16" if size == "cpu" and dtype == "bfloat16" else ""]
-    return {
-        "id": "-".join(part for part in parts if part),
-        "kind": "step",
-        "preset": preset,
-        "method": name,
-        "rank": rank,
-        "batch": list(batch),
-        "dtype": dtype,
-        "scanned": scanned,
-        # All run on a GPU, on a CPU a few of the smallest.
-        "steps": STEPS if size == "full" else 0,
-        "seed": 0,
-        "group": f"{name}-{scanned}",
-    }
-
-
-def _counted(size, rank):
-    return {"id": f"{size}-roberta-r{rank}", "kind": "count", "rank": rank, "group": "count"}
 
 
 def run(cell, display, needed):
@@ -134,10 +60,10 @@ def program_of(cell):
     method, preset = METHODS[cell["method"]], llama.PRESETS[cell["preset"]]
     config = dataclasses.replace(preset.model, dtype=cell["dtype"])
     lora_rank = cell["rank"] if method.is_lora else None
-    loss, params = memory_model.abstract(config, lora_rank, cell["scanned"])
+    loss, params = model.abstract(config, lora_rank, cell["scanned"])
     trained, frozen, join = params, [], lambda trained, frozen: trained
     if method.is_lora:
-        trained, frozen, join = memory_model.lora_split(params)
+        trained, frozen, join = model.lora_split(params)
     tx = method.build(cell["rank"], cell["dtype"])
 
     def step(trained, opt_state, frozen, tokens):
@@ -206,7 +132,7 @@ def counted_roberta(rank):
     params = abstract_params(ROBERTA)
 
     def matrices(params):
-        return memory_model.matrices(params, embedding=True)
+        return model.matrices(params, embedding=True)
 
     report_of = memory.memory_report
     rows = {row.method: row for row in report_of(params, rank, moment_dtype="bfloat16").rows}

@@ -1,20 +1,9 @@
-"""Pre-training two small Llamas on two texts: loss against tokens, time and optimizer state.
+"""The cells of pre-training."""
 
-Each method is tuned on each model, on Python's standard library and a part of the train set; the
-rates found are those of all its other runs of that model. Of one seed all methods see the same
-batches from the same initial weights. Sweeps over the rank and over T, of LORENZA and of GaLore.
-"""
-
-from benchmarks import tables
-from benchmarks.pretraining_methods import METHODS
-from benchmarks.pretraining_report import again, report
-from benchmarks.pretraining_runs import MODELS, race, train
-
-__all__ = ["again", "cells", "report", "run"]
+from benchmarks.pretraining.methods import METHODS
+from benchmarks.pretraining.training import MODELS
 
 TUNING_SEED = 1000
-
-
 TEXTS = ("stdlib", "text")  # Python's standard library; the zips of speeches and news
 SHARED = {"batch_size": 8, "seq_len": 128, "update_proj_gap": 20, "rho": 0.05, "arguments": {}}
 FULL = {"batch_size": 128, "seq_len": 256, "update_proj_gap": 100}
@@ -103,15 +92,3 @@ def _cell(size, model, text, method, seed, suffix):
         "group": f"{size}-{model}-{method}",
         "work": of_model.steps * of_model.work * METHODS[method].passes,
     }
-
-
-def run(cell, display, needed):
-    if cell["kind"] == "race":
-        return race(cell, display)
-    rates = cell if cell["kind"] == "tuning" else best(needed.values())
-    rates = {key: rates[key] for key in ("matrices_rate", "others_rate")}
-    return train(cell, rates, display).result
-
-
-def best(results):
-    return min(results, key=lambda result: tables.or_infinity(result["validation_loss"]))

@@ -4,8 +4,9 @@ import statistics
 
 import numpy as np
 
-from benchmarks import experiments, pretraining_plots, tables
-from benchmarks.pretraining_methods import METHODS
+from benchmarks import experiments, tables
+from benchmarks.pretraining import plots
+from benchmarks.pretraining.methods import METHODS
 
 SUBJECTS = ("lorenza", "lorenza_subspace")  # of the findings
 BASELINES = ("adamw", "galore")
@@ -20,7 +21,7 @@ def report(size, cells, records, folder):
             runs = {key[2]: found for key, found in finals.items() if key[:2] == (model, text)}
             body += ["", *_losses(runs, text, ratios.get(model, {}))]
         path = folder / f"curves-{size}-{model}.png"
-        pretraining_plots.curves(model, finals, ratios.get(model, {}), path)
+        plots.curves(model, finals, ratios.get(model, {}), path)
         body += ["", f"![Losses of {model}](results/{folder.name}/{path.name})"]
         body += ["", *_differences(model, finals)]
         findings += _findings(size, model, finals)
@@ -28,7 +29,7 @@ def report(size, cells, records, folder):
         if sweep := _sweep(cells, records, swept):
             path = folder / f"{swept}-{size}.png"
             adamw = _adamw_loss(cells, records)
-            pretraining_plots.sweep(sweep, title, adamw, path)
+            plots.sweep(sweep, title, adamw, path)
             body += ["", f"### {title} ({size} size)", "", *_sweep_table(sweep, title, adamw)]
             body += ["", f"![{title}](results/{folder.name}/{path.name})"]
             if swept == "rank" and adamw:
@@ -138,7 +139,7 @@ def _losses(runs, text, ratios):
         ])  # fmt: skip
     seeds = max(len(results) for results in runs.values())
     return [
-        f"On the {pretraining_plots.TEXTS[text]}, mean and standard deviation over {seeds} "
+        f"On the {plots.TEXTS[text]}, mean and standard deviation over {seeds} "
         f"seed{'s' if seeds > 1 else ''}; time of a step relative to AdamW's, in turns in one "
         "process: the median, and the mean with the refreshes.",
         "",

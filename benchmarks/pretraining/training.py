@@ -20,8 +20,8 @@ import optax
 import corpus
 import llama
 import optimizers
-from benchmarks import experiments
-from benchmarks.pretraining_methods import METHODS, transformation
+from benchmarks import experiments, tables
+from benchmarks.pretraining.methods import METHODS, transformation
 
 VALIDATION_BATCHES = 12
 EVALUATIONS = 8  # in the course of a run
@@ -46,6 +46,18 @@ MODELS = {
         "130M": Model(llama.PRESETS["130M"].model, 4000, 256, 1, 300.0),
     },
 }
+
+
+def run(cell, display, needed):
+    if cell["kind"] == "race":
+        return race(cell, display)
+    rates = cell if cell["kind"] == "tuning" else best(needed.values())
+    rates = {key: rates[key] for key in ("matrices_rate", "others_rate")}
+    return train(cell, rates, display).result
+
+
+def best(results):
+    return min(results, key=lambda result: tables.or_infinity(result["validation_loss"]))
 
 
 class Trained(NamedTuple):

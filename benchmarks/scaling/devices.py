@@ -1,8 +1,6 @@
 """What devices send each other in a step, from the programs that XLA makes for several.
 
-    python -m benchmarks.scaling_devices '{"devices": 2, "placement": "fsdp", ...}'
-
-A process of its own, since it pretends to have so many devices; `in_child` starts it.
+It takes a process of its own, child.py, which pretends to have so many devices.
 """
 
 import contextlib
@@ -29,7 +27,7 @@ def in_child(cell):
         "--xla_backend_optimization_level=0",  # of LLVM's: what is sent has been settled before
     )
     child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scaling_devices", json.dumps(cell)],
+        [sys.executable, "-m", "benchmarks.scaling.child", json.dumps(cell)],
         cwd=experiments.ROOT.parent,
         env={**os.environ, "XLA_FLAGS": " ".join(flags).strip(), "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
@@ -176,7 +174,3 @@ def sent_bytes(collectives, devices, scattered=False):
         "collective-permute": 1,
     }
     return sum(shares[kind] * size for kind, (_, size) in collectives.items())
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.argv[1]))))

@@ -1,11 +1,11 @@
-"""The findings of scaling.py, in words that the numbers choose."""
+"""The findings, in words that the numbers choose."""
 
 import operator
 
 from benchmarks import experiments
-from benchmarks.scaling_devices import PLACEMENTS, sent_bytes
-from benchmarks.scaling_fits import growth, ratio, significant
-from benchmarks.scaling_found import PLACES, making, name_of
+from benchmarks.scaling.devices import PLACEMENTS, sent_bytes
+from benchmarks.scaling.fits import growth, ratio, significant
+from benchmarks.scaling.results import PLACES, making, name_of
 
 OURS = ("rho=0", "zo, q=1", "subspace")
 

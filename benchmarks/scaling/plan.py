@@ -1,21 +1,11 @@
-"""Speed and scale: how time, work, programs and messages grow with the model and the devices.
+"""The cells of scaling: the points of each axis, and the optimizers that are measured there."""
 
-Four kinds of cells. "flops" counts those of a step of several optimizers, and "devices" what
-devices send each other in one: both come out the same each time. "compile" is the size of one
-optimizer's program and the CPU seconds to make it, "time" a race of several in one process.
-"""
-
-import functools
 from typing import NamedTuple
 
-from benchmarks import programs, scaling_devices, scaling_programs
 from benchmarks.programs import Shape
-from benchmarks.scaling_findings import again
-from benchmarks.scaling_report import report
+from benchmarks.scaling.devices import PLACEMENTS
+from benchmarks.scaling.steps import PROBES
 
-__all__ = ["again", "cells", "report", "run"]
-
-PROBES = scaling_programs.PROBES
 GROWERS = ("adamw", "rho=0", "zo, q=1")
 RACERS = ("adamw", "sam", "galore", "rho=0", "zo, q=1", "zo, q=4", "subspace", "momentum")
 SENDERS = ("adamw", "sam", "galore", "rho=0", "zo, q=1", "subspace")
@@ -87,7 +77,7 @@ def cells(size):
     # Cells of the same batch serve as strong and as weak.
     split = [(n, plan.sharded.batch) for n in plan.devices]
     split += [(n, n * plan.batch_per_device) for n in plan.devices]
-    for placement in scaling_devices.PLACEMENTS:
+    for placement in PLACEMENTS:
         for devices, batch in dict.fromkeys(split):
             settings = {"devices": devices, "placement": placement, "names": SENDERS}
             shape, point = plan.sharded._replace(batch=batch), f"{devices}-batch{batch}"
@@ -181,29 +171,3 @@ def _cell(size, kind, axis, point, shape, **settings):
         "group": group,
         "work": len(names) * layers,
     }
-
-
-def run(cell, display, needed):
-    del needed
-    shape = Shape(*cell["shape"])
-    if cell["kind"] == "devices":
-        return scaling_devices.in_child(cell)
-    if cell["kind"] == "flops":
-        return scaling_programs.flops(cell["names"], shape, _text().batch(shape, 0))
-    if cell["kind"] == "compile":
-        return scaling_programs.program(cell["optimizer"], shape, _text().batch(shape, 0))
-    done = iter(range(10**6))
-
-    def note(text):
-        total = 1 + len(cell["names"]) + cell["rounds"]
-        display.step(next(done), total, text)
-
-    rounds = cell["rounds"], cell["refresh_rounds"]
-    return {
-        "optimizers": scaling_programs.race(shape, cell["names"], *rounds, _text(), note),
-    }
-
-
-@functools.cache
-def _text():
-    return programs.Text()

@@ -2,8 +2,8 @@
 
 from matplotlib import pyplot
 
-from benchmarks.scaling_devices import PLACEMENTS, sent_bytes
-from benchmarks.scaling_found import NAMES, PLACES, name_of
+from benchmarks.scaling.devices import PLACEMENTS, sent_bytes
+from benchmarks.scaling.results import NAMES, PLACES, name_of
 
 
 def color_of(name):

@@ -2,11 +2,12 @@
 
 import operator
 
-from benchmarks import experiments, scaling_plots, tables
-from benchmarks.scaling_devices import PLACEMENTS, sent_bytes
-from benchmarks.scaling_findings import findings
-from benchmarks.scaling_fits import growth, ratio, significant
-from benchmarks.scaling_found import PLACES, Found, making, name_of
+from benchmarks import experiments, tables
+from benchmarks.scaling import plots
+from benchmarks.scaling.devices import PLACEMENTS, sent_bytes
+from benchmarks.scaling.findings import findings
+from benchmarks.scaling.fits import growth, ratio, significant
+from benchmarks.scaling.results import PLACES, Found, making, name_of
 
 AXES = {
     "unrolled": "layers, unrolled",
@@ -21,9 +22,9 @@ def report(size, cells, records, folder):
     found = Found(cells, records)
     parts = [_races(found), _work(found), _programs(found), _times(found), _messages(found)]
     body = [*_explanation(), *(line for part in parts for line in part)]
-    if path := scaling_plots.growth_plot(found, folder / f"growth-{size}.png"):
+    if path := plots.growth_plot(found, folder / f"growth-{size}.png"):
         body += ["", f"![How programs and work grow](results/{folder.name}/{path.name})"]
-    if path := scaling_plots.devices_plot(found, folder / f"devices-{size}.png"):
+    if path := plots.devices_plot(found, folder / f"devices-{size}.png"):
         body += ["", f"![What a device sends](results/{folder.name}/{path.name})"]
     texts = [f"**Speed.** ({size} size) {text}." for text in findings(found)]
     return experiments.Section(texts, body)

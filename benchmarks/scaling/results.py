@@ -1,4 +1,4 @@
-"""What the report of scaling.py is made of: results by what they are of, and names."""
+"""What the report is made of: results by what they are of, and names."""
 
 NAMES = {
     "adamw": "AdamW",

@@ -1,5 +1,6 @@
-"""The programs of scaling.py: what can be counted of a step, and its time in turns with others."""
+"""What can be counted of a step, and its time in turns with others."""
 
+import functools
 import re
 import time
 
@@ -9,6 +10,8 @@ import optax.contrib
 
 import lorenza_optax
 from benchmarks import measuring, programs
+from benchmarks.programs import Shape
+from benchmarks.scaling import devices
 
 PROBES = {count: f"zo, q={count}" for count in (1, 2, 4, 8, 16)}
 # Beside the optimizers of step_cost.py, which runs all that it finds there and not this file.
@@ -19,6 +22,32 @@ programs.OPTIMIZERS |= {
 }
 
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = ", re.M)
+
+
+def run(cell, display, needed):
+    del needed
+    shape = Shape(*cell["shape"])
+    if cell["kind"] == "devices":
+        return devices.in_child(cell)
+    if cell["kind"] == "flops":
+        return flops(cell["names"], shape, _text().batch(shape, 0))
+    if cell["kind"] == "compile":
+        return program(cell["optimizer"], shape, _text().batch(shape, 0))
+    done = iter(range(10**6))
+
+    def note(text):
+        total = 1 + len(cell["names"]) + cell["rounds"]
+        display.step(next(done), total, text)
+
+    rounds = cell["rounds"], cell["refresh_rounds"]
+    return {
+        "optimizers": race(shape, cell["names"], *rounds, _text(), note),
+    }
+
+
+@functools.cache
+def _text():
+    return programs.Text()
 
 
 def refreshes_inside(name):
