@@ -1,9 +1,13 @@
 """A training step compiled from shapes, counted, and, of the smallest, run."""
 
 import dataclasses
+import functools
+import json
 import math
 import multiprocessing
 import os
+import pathlib
+import tempfile
 import time
 import warnings
 from concurrent import futures
@@ -17,17 +21,24 @@ from benchmarks import programs
 from benchmarks.memory import model
 from benchmarks.memory.methods import METHODS
 from lorenza_optax import memory
-from lorenza_optax._model_shapes import ModelSizes, abstract_params
 
 # This process holds no GPU memory that its children need, who each run one cell: a peak is that of
 # a process. Read when JAX first looks for a GPU, and of no effect without one.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-# By shapes alone: RoBERTa-base, a usual subject of fine-tuning in a small rank.
-ROBERTA = ModelSizes(
-    "RoBERTa-base", "bert", 50_265, 768, 3072, 12, 768, 768,
-    frozenset({"qkv", "out", "mlp"}), max_positions=514, num_token_types=1, dtype="bfloat16",
-)  # fmt: skip
+# By shapes alone, RoBERTa-base, a usual subject of fine-tuning in a small rank: a BERT of these
+# sizes, written as the config.json that the memory report reads.
+ROBERTA = {
+    "model_type": "bert",
+    "vocab_size": 50_265,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "dtype": "bfloat16",
+}
 # The time to compile is half as long, and what XLA plans to hold is the same to the byte: LLVM's
 # optimizations come after that.
 FAST = {"xla_backend_optimization_level": 0}
@@ -129,19 +140,17 @@ def counted(cell, program):
 
 def counted_roberta(rank):
     """The rows of the memory report, and LORENZA's with its embeddings projected, too."""
-    params = abstract_params(ROBERTA)
 
     def matrices(params):
         return model.matrices(params, embedding=True)
 
-    report_of = memory.memory_report
-    rows = {row.method: row for row in report_of(params, rank, moment_dtype="bfloat16").rows}
-    arguments = {"moment_dtype": "bfloat16", "weight_dimension_numbers": matrices}
-    for name, more in {
-        "lorenza_embedding": {},
-        "lorenza_sketch": {"refresh": "sketch"},
-    }.items():
-        [rows[name]] = report_of(params, rank, methods=["lorenza"], **arguments, **more).rows
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "config.json").write_text(json.dumps(ROBERTA))
+        report_of = functools.partial(memory.memory_report, folder, rank, moment_dtype="bfloat16")
+        rows = {row.method: row for row in report_of().rows}
+        arguments = {"methods": ["lorenza"], "weight_dimension_numbers": matrices}
+        [rows["lorenza_embedding"]] = report_of(**arguments).rows
+        [rows["lorenza_sketch"]] = report_of(**arguments, refresh="sketch").rows
     return {
         name: {
             "weights": row.weights,
