@@ -31,9 +31,10 @@ COLD = "randomized SVD, no power iteration"
 
 def _own(matrix, left, right, key, rank):
     """As the library does: ĝ = Pᵀ G and Y = G Ω, a step of subspace iteration from each side."""
+    del rank  # that of the old factors
     columns = _sketch.sketch_rows({"w": right}, {"w": left}, key)["w"]
     low, sketch = matmul(left.T, matrix), matmul(matrix, columns.T)
-    (found,), _ = _sketch.factors_from({"w": low}, {"w": sketch}, [("w",)], rank)
+    (found,), _ = _sketch.factors_from({"w": low}, {"w": sketch}, [("w",)])
     return found.projectors[0], found.partners[0]
 
 
