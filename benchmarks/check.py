@@ -7,29 +7,17 @@ The same machine and versions give the same losses to the bit; others round othe
 carries that on. So each figure has an interval, that of the stored results themselves.
 """
 
-import argparse
-import os
-import pathlib
 import sys
 
 import rich.table
 
-from benchmarks import experiments, progress, tables
+from benchmarks import experiments, options, progress, tables
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.check",
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    known = ", ".join(experiments.MODULES)
-    add("names", nargs="*", metavar="NAME", help=f"{known} (default: all that are stored)")
-    add("--size", choices=experiments.SIZES, default="cpu")
-    add("--data-dir", metavar="FOLDER",
-        help=f"where the data are (default: the environment's {experiments.DATA_DIR})")  # fmt: skip
-    add("--out", type=pathlib.Path, default=experiments.RESULTS, help="holds NAME/, the stored")
+    parser = options.for_cells("check", __doc__)
+    known = f"{', '.join(experiments.MODULES)} (default: all that are stored)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=known)
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.names) - set(experiments.MODULES):
         parser.error(f"no experiment {', '.join(sorted(unknown))}")
@@ -60,9 +48,7 @@ def rows_of(name, size, folder, display):
 def main(argv=None):
     """Returns the exit status: 1 if a figure is outside its interval."""
     arguments = parse_arguments(argv)
-    if arguments.data_dir:
-        os.environ[experiments.DATA_DIR] = arguments.data_dir
-    os.environ[experiments.RESULTS_DIR] = str(arguments.out)
+    options.set_folders(arguments)
     display, rows = progress.Display(), []
     try:
         for name in arguments.names or experiments.MODULES:

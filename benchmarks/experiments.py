@@ -1,6 +1,6 @@
 """What an experiment is, and where its finished cells are kept.
 
-An experiment is a module, named in MODULES, with four functions:
+An experiment is a package, named in MODULES, that exports four functions:
 
     cells(size) -> list of cells, in the order in which they are to be run; size is one of SIZES
     run(cell, display, needed) -> result, anything that JSON can say
@@ -38,7 +38,7 @@ MODULES = {
     "pretraining": "benchmarks.pretraining",
     "flatness": "benchmarks.flatness",
     "ablations": "benchmarks.ablations",
-    "memory": "benchmarks.memory_shapes",
+    "memory": "benchmarks.memory",
     "scaling": "benchmarks.scaling",
 }
 

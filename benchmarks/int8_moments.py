@@ -1,7 +1,7 @@
 """The main job with moments in float32, bfloat16 and int8, on the same batches.
 
-    python benchmarks/int8_moments.py
-    python benchmarks/int8_moments.py --quick --out /tmp/int8   # tiny sizes: does it run?
+    python -m benchmarks.int8_moments
+    python -m benchmarks.int8_moments --quick --out /tmp/int8   # tiny sizes: does it run?
 
 Trains the tiny Llama of examples/pretrain.py with LORENZA once for each dtype and seed, and writes
 int8_moments.json (curves, results, bars, machine, versions) and int8_moments.png (the curves of
@@ -9,7 +9,6 @@ the first seed) to benchmarks/results; a quick run writes only where --out says.
 the moments are not kept as they should be, or a bar does not hold.
 """
 
-import argparse
 import functools
 import json
 import pathlib
@@ -17,21 +16,17 @@ import statistics
 import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parent
-RESULTS = ROOT / "results"
-sys.path.insert(0, str(ROOT.parent / "examples"))
-
-from bars import Bar, bars_table, stored  # noqa: E402
-
-import corpus  # noqa: E402
-import llama  # noqa: E402
-import lorenza_optax  # noqa: E402
-import machine  # noqa: E402
-import optimizers  # noqa: E402
-import pretrain  # noqa: E402
-import reporting  # noqa: E402
-import training  # noqa: E402
-from lorenza_optax.memory import memory_report  # noqa: E402
+import corpus
+import llama
+import lorenza_optax
+import machine
+import optimizers
+import pretrain
+import reporting
+import training
+from benchmarks import experiments, options
+from benchmarks.bars import Bar, bars_table, stored
+from lorenza_optax.memory import memory_report
 
 DTYPES = ("float32", "bfloat16", "int8")
 QUICK = ["--preset", "nano", "--steps", "6", "--batch-size", "2", "--eval-every", "3"]
@@ -43,14 +38,14 @@ INT8_SHARE = 0.27
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = options.parser_of("int8_moments", __doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
     parser.add_argument("--out", type=pathlib.Path, help="folder for the JSON and the plot")
     arguments = parser.parse_args()
     if arguments.quick and arguments.out is None:
         parser.error("--quick writes no results of its own: name a folder with --out")
-    out = RESULTS if arguments.out is None else arguments.out
+    out = experiments.RESULTS if arguments.out is None else arguments.out
     out.mkdir(parents=True, exist_ok=True)
     size, display = QUICK if arguments.quick else [], reporting.Display()
 

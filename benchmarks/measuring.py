@@ -6,8 +6,8 @@ import time
 
 import jax
 import numpy as np
-import programs
 
+from benchmarks import programs
 from lorenza_optax._directions import in_subspace
 from lorenza_optax._gradient import PROBE, step_key
 from lorenza_optax._landscape import Subspaces

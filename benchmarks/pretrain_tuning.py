@@ -1,34 +1,29 @@
 """Learning rates for the main job: trains the tiny Llama with each trial and keeps every result.
 
-    python benchmarks/pretrain_tuning.py                      # the grid below
-    python benchmarks/pretrain_tuning.py --trial lorenza learning_rate=2e-2 update_proj_gap=10
+    python -m benchmarks.pretrain_tuning                      # the grid below
+    python -m benchmarks.pretrain_tuning --trial lorenza learning_rate=2e-2 update_proj_gap=10
 
 Each trial is the default run of examples/pretrain.py (same model, text, batches and steps) with
 other hyperparameters. Results are added to benchmarks/results/pretrain_tuning.json as they come;
 a trial that is there already, on this machine and these versions, is not run again.
 """
 
-import argparse
 import json
-import pathlib
-import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / "examples"))
+import jax
+import optax
 
-import jax  # noqa: E402
-import optax  # noqa: E402
+import corpus
+import lorenza_optax
+import machine
+import optimizers
+import pretrain
+import reporting
+import training
+from benchmarks import experiments, options
 
-import corpus  # noqa: E402
-import lorenza_optax  # noqa: E402
-import machine  # noqa: E402
-import optimizers  # noqa: E402
-import pretrain  # noqa: E402
-import reporting  # noqa: E402
-import training  # noqa: E402
-
-RESULTS = ROOT / "results" / "pretrain_tuning.json"
+RESULTS = experiments.RESULTS / "pretrain_tuning.json"
 GRID = [
     *(("adamw", {"learning_rate": rate}) for rate in (2e-3, 3e-3, 5e-3, 8e-3)),
     *(
@@ -104,7 +99,7 @@ def run_trial(name, hyperparameters, plan, data, display):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = options.parser_of("pretrain_tuning", __doc__)
     parser.add_argument("--trial", nargs="+", action="append", metavar="NAME KEY=VALUE")
     arguments = parser.parse_args()
     trials = GRID

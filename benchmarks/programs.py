@@ -1,4 +1,4 @@
-"""The programs that step_cost.py measures: a model, training steps, and what XLA says of them.
+"""The programs that are measured: a model, training steps, and what XLA says of them.
 
 The model is a pre-LN transformer in plain JAX, its layers unrolled or scanned from stacks of
 weights. Shapes are written into the names as in examples/llama.py: tokens stand in one axis T.

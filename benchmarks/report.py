@@ -5,11 +5,10 @@
 Nothing is run, and every number comes from a file in benchmarks/results/NAME/.
 """
 
-import argparse
 import pathlib
 import sys
 
-from benchmarks import experiments, scripts_report
+from benchmarks import experiments, options, scripts_report
 
 HEADER = """\
 # Results
@@ -84,9 +83,7 @@ def _origins(origins):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description=__doc__.partition("\n")[0]
-    )
+    parser = options.parser_of("report", __doc__)
     where = "read FOLDER/NAME/ and write FOLDER/RESULTS.md (default: the stored results)"
     parser.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help=where)
     arguments = parser.parse_args(argv)

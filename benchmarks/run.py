@@ -8,10 +8,7 @@ Results are files in benchmarks/results/NAME/; `python -m benchmarks.report` mak
 of them. Several processes may share the work: each looks for a cell's file before it begins it.
 """
 
-import argparse
 import fnmatch
-import os
-import pathlib
 import shlex
 import signal
 import sys
@@ -20,27 +17,19 @@ import traceback
 
 import rich.table
 
-from benchmarks import experiments, progress
+from benchmarks import experiments, options, progress
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = options.for_cells("run", __doc__)
     add = parser.add_argument
     add("name", choices=experiments.MODULES, metavar="NAME",
         help=f"the experiment: {', '.join(experiments.MODULES)}")  # fmt: skip
-    add("--size", choices=experiments.SIZES, default="cpu", help="full is for a GPU")
-    add("--data-dir", metavar="FOLDER",
-        help=f"where the data are (default: the environment's {experiments.DATA_DIR})")  # fmt: skip
     add("--only", nargs="+", metavar="PATTERN",
         help="cells whose id has this in it, * and ? as for files, and their needs")  # fmt: skip
     add("--list", action="store_true", help="say what is done and what the rest will take")
     add("--limit", type=float, metavar="MINUTES", help="begin no cell that would not fit")
     add("--again", action="store_true", help="run stale and finished cells anew")
-    add("--out", type=pathlib.Path, default=experiments.RESULTS, help="holds NAME/")
     return parser.parse_args(argv)
 
 
@@ -123,9 +112,7 @@ def main(argv=None):
     """Returns the exit status: 0, 1 if cells failed, 130 after an interruption."""
     argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
     arguments = parse_arguments(argv)
-    if arguments.data_dir:
-        os.environ[experiments.DATA_DIR] = arguments.data_dir
-    os.environ[experiments.RESULTS_DIR] = str(arguments.out)
+    options.set_folders(arguments)
     experiment, display = experiments.load(arguments.name), progress.Display()
     everything = experiments.checked(experiment.cells(arguments.size))
     cells = chosen(everything, arguments.only)

@@ -1,11 +1,13 @@
 """The part of RESULTS.md on what single scripts measured: tables from their stored JSON.
 
-Each script runs by itself, `python benchmarks/NAME.py`, and writes benchmarks/results/NAME.json.
+Each runs by itself, `python -m benchmarks.NAME`, and writes benchmarks/results/NAME.json.
 """
 
 import json
 
-from benchmarks import family_table, main_job, readme_table, tables
+from benchmarks import main_job, tables
+from benchmarks.ascent import readme_table as table_of_ascents
+from benchmarks.family import readme_table as table_of_family
 
 SCRIPTS = {
     "main_job": "The main job: a Llama of 1.9 M parameters, 200 steps on Python's standard library",
@@ -29,7 +31,7 @@ def section(folder):
     }
     if not stored:
         return []
-    lines = ["", "## Single scripts", "", "Each by `python benchmarks/NAME.py`."]
+    lines = ["", "## Single scripts", "", "Each by `python -m benchmarks.NAME`."]
     for name, found in stored.items():
         lines += ["", f"### {SCRIPTS[name]} (`{name}`)", "", *_body(name, stored)]
         where = found[0] if isinstance(found, list) else found
@@ -44,13 +46,13 @@ def _body(name, stored):
     if name == "main_job":
         return main_job.markdown(found).splitlines()
     if name == "family":
-        return family_table.markdown(found).replace("](", "](../").splitlines()
+        return table_of_family.markdown(found).replace("](", "](../").splitlines()
     if name == "pretrain_tuning":
         return _trials(found)
     if name == "int8_moments":
         return [*_moments(found), "", *_bars(found)]
     if name == "ascent":
-        return readme_table.markdown(found, stored["step_cost"]).splitlines()
+        return table_of_ascents.markdown(found, stored["step_cost"]).splitlines()
     if name == "zeroth_order_memory":
         return [*_copies(found), "", *_bars(found)]
     return _bars(found)

@@ -1,7 +1,7 @@
 """What a step of LORENZA costs beside AdamW's, GaLore's and SAM's: time, memory, bytes sent.
 
-    python benchmarks/step_cost.py              # some minutes on two cores
-    python benchmarks/step_cost.py --quick      # tiny sizes: does it run?
+    python -m benchmarks.step_cost              # some minutes on two cores
+    python -m benchmarks.step_cost --quick      # tiny sizes: does it run?
 
 All optimizers run in one process, in turns, each with its whole step compiled and its state
 donated. Sections: A the ascents; B a step without perturbation; C a scanned stack of layers; D
@@ -18,21 +18,17 @@ import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / "examples"))
+import jax
+import numpy as np
+import rich.console
+import rich.table
 
-import jax  # noqa: E402
-import measuring  # noqa: E402
-import numpy as np  # noqa: E402
-import programs  # noqa: E402
-import rich.console  # noqa: E402
-import rich.table  # noqa: E402
-from bars import Bar, bars_table, stored  # noqa: E402
-from programs import Shape, Variant  # noqa: E402
-
-import lorenza_optax  # noqa: E402
-import machine  # noqa: E402
-from reporting import pyplot  # noqa: E402
+import lorenza_optax
+import machine
+from benchmarks import experiments, measuring, options, programs
+from benchmarks.bars import Bar, bars_table, stored
+from benchmarks.programs import Shape, Variant
+from reporting import pyplot
 
 SIZES = {
     "A": Shape(width=512, layers=4, batch=2, length=128, rank=32),
@@ -110,7 +106,8 @@ def data_parallel(shape, rounds, text, note):
     note(f"  in a process with {DEVICES} devices")
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     child = subprocess.run(
-        [sys.executable, __file__, "--collectives", json.dumps(shape)],
+        [sys.executable, "-m", "benchmarks.step_cost", "--collectives", json.dumps(shape)],
+        cwd=experiments.ROOT.parent,
         env={**os.environ, "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         text=True,
@@ -224,7 +221,7 @@ def plot(found, path):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = options.parser_of("step_cost", __doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--rounds", type=int, help="timed steps in A; B makes a third")
     parser.add_argument("--only", default="A,B,C,D", help="sections, such as A,C")
@@ -249,7 +246,7 @@ def main():
     text, sizes = programs.Text(), QUICK if arguments.quick else SIZES
     rounds = arguments.rounds or (3 if arguments.quick else 12)
     partial = arguments.quick or arguments.only != list(SECTIONS)
-    out = arguments.out or (None if partial else ROOT / "results")
+    out = arguments.out or (None if partial else experiments.RESULTS)
 
     summary, bars = {}, []
     for section in arguments.only:

@@ -1,7 +1,7 @@
 """What a zeroth-order step needs beside a forward pass: memory, time, time to compile.
 
-    python benchmarks/zeroth_order_memory.py           # some minutes on two cores
-    python benchmarks/zeroth_order_memory.py --quick --out FOLDER   # tiny sizes: does it run?
+    python -m benchmarks.zeroth_order_memory           # some minutes on two cores
+    python -m benchmarks.zeroth_order_memory --quick --out FOLDER   # tiny sizes: does it run?
 
 Of each method the whole step is compiled, with parameters and state donated and updates applied,
 on the transformer of programs.py, its layers unrolled and scanned. Memory is XLA's plan of it
@@ -12,7 +12,6 @@ out what is called "embedding". "in place" is ``factored_updates`` with
 a bar does not hold or a step is not what it should be.
 """
 
-import argparse
 import functools
 import json
 import pathlib
@@ -21,25 +20,22 @@ import sys
 import time
 from unittest import mock
 
-ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / "examples"))
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+import rich.table
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-import programs  # noqa: E402
-import rich.console  # noqa: E402
-import rich.table  # noqa: E402
-from bars import Bar, bars_table, stored  # noqa: E402
-from programs import Shape  # noqa: E402
-
-import lorenza_optax  # noqa: E402
-import machine  # noqa: E402
-from lorenza_optax import methods  # noqa: E402
-from lorenza_optax._gradient import PROBE, step_key  # noqa: E402
-from lorenza_optax._noise import Noise, plus_noise  # noqa: E402
-from lorenza_optax._zeroth_order import _direction, _partners  # noqa: E402
+import lorenza_optax
+import machine
+from benchmarks import experiments, options, programs
+from benchmarks.bars import Bar, bars_table, stored
+from benchmarks.programs import Shape
+from lorenza_optax import methods
+from lorenza_optax._gradient import PROBE, step_key
+from lorenza_optax._noise import Noise, plus_noise
+from lorenza_optax._zeroth_order import _direction, _partners
 
 VOCABULARY = 8192  # more than the bytes of the text: embedding and head are a part of most models
 SIZES = {
@@ -250,13 +246,13 @@ def table(name, found):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = options.parser_of("zeroth_order_memory", __doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--rounds", type=int, help="timed steps of each method")
     parser.add_argument("--out", type=pathlib.Path, help="folder for the JSON file")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (2 if arguments.quick else 7)
-    out = arguments.out or (None if arguments.quick else ROOT / "results")
+    out = arguments.out or (None if arguments.quick else experiments.RESULTS)
     console = rich.console.Console()
     if not console.is_terminal:
         console.width = 120

@@ -131,8 +131,8 @@ def call_with_grad_fn(tx, loss, params, opt_state, batch):
 class Entry(NamedTuple):
     """An optimizer, how it is called, and its peak learning rates.
 
-    Those of pre-training are the best of benchmarks/pretrain_tuning.py and family.py on the
-    default run, those of fine-tuning are guesses; `--lr` overrides them for all of a run.
+    Those of pre-training are the best of benchmarks/pretrain_tuning.py and benchmarks/family on
+    the default run, those of fine-tuning are guesses; `--lr` overrides them for all of a run.
     """
 
     build: Callable  # (learning_rate, settings) -> optax.GradientTransformation

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.slow
@@ -16,8 +16,8 @@ BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 def test_quick_run_passes_its_checks_and_stores_its_numbers(name, tmp_path):
     environment = {**os.environ, "XLA_FLAGS": ""}  # not the tests' own
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / f"{name}.py", "--quick", "--out", tmp_path],
-        env=environment, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", tmp_path],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     stored = json.loads((tmp_path / f"{name}.json").read_text())

@@ -14,14 +14,12 @@ from tests import checkpoints
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 from benchmarks import (  # noqa: E402
-    bootstrap,
     experiments,
     finetuning,
-    finetuning_methods,
-    finetuning_report,
     report,
     run,
 )
+from benchmarks.finetuning import bootstrap, inputs, methods, plan, training  # noqa: E402
 
 # The runner, on an experiment that adds.
 
@@ -176,7 +174,7 @@ def test_bootstrap_against_direct_computation(metric):
     estimate, samples_R = bootstrap.replicates(metric, labels_N, first_SxN, second_SxN, 5, 50)
 
     def score(labels, predictions):
-        return finetuning.glue.METRICS[metric](labels, predictions)
+        return training.glue.METRICS[metric](labels, predictions)
 
     def difference(seeds, examples):
         return np.mean([
@@ -217,7 +215,7 @@ def test_intervals_have_the_width_that_theory_gives():
 # Fine-tuning.
 
 LENGTHS = {"sst2": (8, 9), "stsb": (8, 8)}
-NANO = finetuning.Size(
+NANO = plan.Size(
     (20, 24),
     2,
     LENGTHS,
@@ -231,11 +229,12 @@ NANO = finetuning.Size(
 def nano(tmp_path, monkeypatch):
     """A nano BERT on a word that decides; the folder of results."""
     (tmp_path / "bert").mkdir()
-    monkeypatch.setattr(finetuning, "CHECKPOINT", checkpoints.write_bert(tmp_path / "bert"))
-    monkeypatch.setattr(finetuning, "PLANS", {"cpu": NANO, "full": NANO._replace(max_len={})})
+    monkeypatch.setattr(inputs, "CHECKPOINT", checkpoints.write_bert(tmp_path / "bert"))
+    monkeypatch.setattr(plan, "PLANS", {"cpu": NANO, "full": NANO._replace(max_len={})})
     small = {"batch_size": 4, "rank": 4, "update_proj_gap": 3}
-    monkeypatch.setattr(finetuning, "SHARED", small)
-    monkeypatch.setattr(finetuning, "HELD_OUT", 15)
+    monkeypatch.setattr(plan, "SHARED", small)
+    monkeypatch.setattr(plan, "HELD_OUT", 15)
+    monkeypatch.setattr(inputs, "HELD_OUT", 15)
     rng = np.random.default_rng(0)
     for name in ("SST-2", "STS-B"):
         (tmp_path / name).mkdir()
@@ -248,14 +247,14 @@ def nano(tmp_path, monkeypatch):
         lines = [f"x\tx\tx\tx\t{1 + 3 * x}\ta {animal}\ta cat {verb}" for x, animal, verb in rows]
         (tmp_path / "STS-B" / f"sts-{part}.csv").write_text("\n".join(lines))
     monkeypatch.setenv(experiments.DATA_DIR, str(tmp_path))
-    finetuning.dataset_of.cache_clear()
+    inputs.dataset_of.cache_clear()
     return tmp_path / "out"
 
 
 def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
-    kept = {name: finetuning_methods.METHODS[name] for name in ("adamw", "lora")}
+    kept = {name: methods.METHODS[name] for name in ("adamw", "lora")}
     monkeypatch.setattr(
-        finetuning, "METHODS", {name: m._replace(middle=2e-2) for name, m in kept.items()}
+        plan, "METHODS", {name: m._replace(middle=2e-2) for name, m in kept.items()}
     )
     only = ["--only", "20-sst2-*", "20-stsb-adamw", "24-sst2-adamw-seed0"]
     assert run.main(["finetuning", "--out", nano, *only]) == 0
@@ -311,16 +310,16 @@ def test_report_of_all_tasks_has_averages_and_findings(tmp_path):
                 name = f"{task}-{method}-{seed}"
                 cells.append({"id": name, "kind": "final", "task": task, "method": method,
                               "examples": 9})  # fmt: skip
-                metrics = finetuning.glue.TASKS[task].metrics
+                metrics = training.glue.TASKS[task].metrics
                 records[name] = {"result": {
-                    "labels": finetuning.stored(labels),
-                    "predictions": finetuning.stored(predictions),
-                    "metrics": {m: finetuning.glue.METRICS[m](labels, predictions)
+                    "labels": training.stored(labels),
+                    "predictions": training.stored(predictions),
+                    "metrics": {m: training.glue.METRICS[m](labels, predictions)
                                 for m in metrics},
                     "learning_rate": 1e-3, "rho": 0.05, "seconds_per_step": 0.1,
                     "trained_parameters": 10, "optimizer_state_bytes": 20,
                 }}  # fmt: skip
-    found = finetuning_report.report("cpu", cells, records, tmp_path)
+    found = finetuning.report("cpu", cells, records, tmp_path)
     [finding] = found.findings
     difference = np.mean([
         100 * (records[f"{t}-lorenza_zo-{s}"]["result"]["metrics"][m]
@@ -332,20 +331,18 @@ def test_report_of_all_tasks_has_averages_and_findings(tmp_path):
 
 
 def test_every_method_has_the_same_budget():
-    for name, method in finetuning_methods.METHODS.items():
+    for name, method in methods.METHODS.items():
         trials = method.trials()
-        assert len(set(trials)) == finetuning_methods.TRIALS, name
+        assert len(set(trials)) == methods.TRIALS, name
         assert all(0.003 <= rho <= 0.1 for _, rho in trials if rho is not None)
-    assert finetuning_methods.METHODS["adamw"].trials()[0][0] == pytest.approx(3.18e-5)
+    assert methods.METHODS["adamw"].trials()[0][0] == pytest.approx(3.18e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", finetuning_methods.METHODS)
+@pytest.mark.parametrize("name", methods.METHODS)
 def test_learning_rate_radius_and_seed_reach_the_compiled_step(nano, name, monkeypatch):
     groups = {20: ((name,),), 24: ()}
-    monkeypatch.setattr(
-        finetuning, "PLANS", {"cpu": finetuning.PLANS["cpu"]._replace(methods=groups)}
-    )
+    monkeypatch.setattr(plan, "PLANS", {"cpu": plan.PLANS["cpu"]._replace(methods=groups)})
     cell = next(c for c in finetuning.cells("cpu") if f"sst2-{name}-tune0" in c["id"])
     rho = cell["rho"]
 
@@ -366,15 +363,15 @@ def test_learning_rate_radius_and_seed_reach_the_compiled_step(nano, name, monke
 
 
 def test_lora_starts_at_the_checkpoint_and_trains_adapters_and_head(nano):
-    config, files = finetuning.checkpoint_of(finetuning.CHECKPOINT, "sst2")
-    params = finetuning.bert.read_parameters(files, config, 0)
-    trained, frozen = finetuning_methods.lora_split(params, 4, seed=0)
-    joined = finetuning_methods.lora_join(trained, frozen)
+    config, files = inputs.checkpoint_of(inputs.CHECKPOINT, "sst2")
+    params = training.bert.read_parameters(files, config, 0)
+    trained, frozen = methods.lora_split(params, 4, seed=0)
+    joined = methods.lora_join(trained, frozen)
     jax.tree.map(np.testing.assert_array_equal, joined, params)
-    plan = finetuning_methods.lorenza_optax.projection_plan(params, 4)
-    assert set(trained["adapters"]) == set(plan.projected)
+    projection = methods.lorenza_optax.projection_plan(params, 4)
+    assert set(trained["adapters"]) == set(projection.projected)
     path, pair = next(iter(trained["adapters"].items()))
     pair["B"] = pair["B"] + 1.0
-    moved = finetuning_methods._by_path(finetuning_methods.lora_join(trained, frozen))[path]
-    before = finetuning_methods._by_path(params)[path]
+    moved = methods._by_path(methods.lora_join(trained, frozen))[path]
+    before = methods._by_path(params)[path]
     np.testing.assert_allclose(moved - before, 2 * pair["A"] @ pair["B"], atol=1e-5)

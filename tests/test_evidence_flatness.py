@@ -16,17 +16,15 @@ from tests.test_evidence_pretraining import nano as nano_llama  # noqa: F401
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 from benchmarks import (  # noqa: E402
-    curvature,
     experiments,
     finetuning,
     flatness,
-    flatness_report,
     pretraining,
-    pretraining_runs,
-    rank_correlation,
     report,
     run,
 )
+from benchmarks.flatness import curvature, models, plan, rank_correlation  # noqa: E402
+from benchmarks.pretraining import training  # noqa: E402
 
 # Curvature.
 
@@ -209,8 +207,8 @@ class Silent:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
 def test_from_a_record_of_fine_tuning_to_the_report(nano, monkeypatch, capsys, task):  # noqa: F811
-    monkeypatch.setattr(flatness, "EXAMPLES", 20)
-    monkeypatch.setitem(flatness.MEASURED, "finetuning", 8)
+    monkeypatch.setattr(plan, "EXAMPLES", 20)
+    monkeypatch.setitem(plan.MEASURED, "finetuning", 8)
     source = next(
         c for c in finetuning.cells("cpu") if c["id"] == f"cpu-20-{task}-adamw-seed0"
     )  # fmt: skip
@@ -247,7 +245,7 @@ def test_from_a_record_of_fine_tuning_to_the_report(nano, monkeypatch, capsys, t
 
 @pytest.mark.slow
 def test_from_a_record_of_pre_training(nano_llama, monkeypatch):  # noqa: F811
-    monkeypatch.setitem(flatness.MEASURED, "pretraining", 5)
+    monkeypatch.setitem(plan.MEASURED, "pretraining", 5)
     source = next(c for c in pretraining.cells("cpu") if c["id"] == "cpu-a-stdlib-lorenza-seed0")
     chosen = {"matrices_rate": 1e-2, "others_rate": 1e-2, "validation_loss": 1.0}
     recorded = pretraining.run(source, Silent(), {"": chosen})
@@ -259,13 +257,13 @@ def test_from_a_record_of_pre_training(nano_llama, monkeypatch):  # noqa: F811
     assert result["is_same"], result["differences"]
     assert result["score"] == -recorded["validation_loss"]
     # The measured batches are 3 of 2 sequences; by hand, at the trained model.
-    params = pretraining_runs.train(source, chosen, Silent()).params
-    data = pretraining_runs.data_of(source)
+    params = training.train(source, chosen, Silent()).params
+    data = training.data_of(source)
     for part, batches in (
-        ("train", [pretraining_runs.train_batch(source, data, step) for step in (0, 2, 5)]),
-        ("test", pretraining_runs.validation_batches(source, data)[[0, 4, 8]]),
+        ("train", [training.train_batch(source, data, step) for step in (0, 2, 5)]),
+        ("test", training.validation_batches(source, data)[[0, 4, 8]]),
     ):
-        losses = [float(pretraining_runs.loss_of(source)(params, batch)) for batch in batches]
+        losses = [float(training.loss_of(source)(params, batch)) for batch in batches]
         assert result[part]["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     assert "minus the validation loss" in report.build(nano_llama, ["flatness"])
 
@@ -278,7 +276,7 @@ def stored(factor):
     for task, method, seed in itertools.product(("sst2", "stsb"), methods, range(3)):
         name = f"{task}-{method}-{seed}"
         cells.append({"id": name, "kind": "finetuning", "task": task, "method": method,
-                      "seed": seed, "measured": 64, **flatness.SETTINGS})  # fmt: skip
+                      "seed": seed, "measured": 64, **plan.SETTINGS})  # fmt: skip
         sharpness = 10 * (factor if method == "lorenza_zo" else methods.index(method) + 1)
         sharpness *= np.exp(0.01 * rng.normal())
         part = {"loss": 0.1, "largest": sharpness, "smallest": -1.0, "residual": 0.01,
@@ -297,9 +295,10 @@ def stored(factor):
      (2, "is not shown to be flatter or sharper")],
 )  # fmt: skip
 def test_findings_follow_the_numbers(tmp_path, monkeypatch, factor, words):
-    monkeypatch.setattr(flatness_report, "_plot", lambda *arguments: None)  # drawn elsewhere
+    # It is drawn elsewhere.
+    monkeypatch.setitem(flatness.report.__globals__, "_plot", lambda *arguments: None)
     cells, records = stored(factor)
-    found = flatness_report.report("cpu", cells, records, tmp_path)
+    found = flatness.report("cpu", cells, records, tmp_path)
     headline, zo, subspace, goes = found.findings
     assert f"LORENZA, zo {words} than GaLore (" in headline
     assert f"LORENZA, zo {words} than GaLore on" in zo
@@ -331,12 +330,12 @@ def test_report_has_room_for_runs_that_diverged(tmp_path):  # and draws two task
     result = records["sst2-galore-0"]["result"]
     result["train"] = dict.fromkeys(result["train"])
     result["score"] = None
-    found = flatness_report.report("cpu", cells, records, tmp_path)
+    found = flatness.report("cpu", cells, records, tmp_path)
     assert "diverged" in "\n".join(found.body)
     assert "LORENZA, zo is" in found.findings[0]
 
 
 def test_cells_of_both_kinds():
     cells = experiments.checked(flatness.cells("cpu"))
-    counts = [sum(cell["kind"] == kind for cell in cells) for kind in flatness.SUBJECTS]
+    counts = [sum(cell["kind"] == kind for cell in cells) for kind in models.SUBJECTS]
     assert counts == [2 * 5 * 3, 8 * 3]

@@ -9,21 +9,19 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 from benchmarks import (  # noqa: E402
     experiments,
-    memory_model,
-    memory_shapes,
-    memory_shapes_findings,
-    memory_shapes_report,
+    memory,
 )
+from benchmarks.memory import findings, methods, model, plan, steps  # noqa: E402
 from lorenza_optax.memory import memory_report  # noqa: E402
 
-llama = memory_shapes.llama
+llama = steps.llama
 CONFIG = llama.LlamaConfig(256, 32, 64, 2, 2)
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 17))
 
 
 def _cell(name, preset="nano", rank=8, **changes):
-    cell = memory_shapes._cell("cpu", preset, name, rank, dtype="float32", batch=(2, 16))
-    return {**cell, "scanned": memory_shapes.METHODS[name].scanned, **changes}
+    cell = plan._cell("cpu", preset, name, rank, dtype="float32", batch=(2, 16))
+    return {**cell, "scanned": methods.METHODS[name].scanned, **changes}
 
 
 def _arranged(params, scanned):
@@ -38,7 +36,7 @@ def _arranged(params, scanned):
 def test_the_loss_and_its_gradient_are_those_of_the_example(scanned):
     params = llama.init(CONFIG, 0)
     expected, gradient = jax.jit(jax.value_and_grad(llama.loss_of(CONFIG)))(params, TOKENS)
-    loss, shapes = memory_model.abstract(CONFIG, scanned=scanned)
+    loss, shapes = model.abstract(CONFIG, scanned=scanned)
     arranged = _arranged(params, scanned)
     assert jax.tree.map(jnp.shape, arranged) == jax.tree.map(jnp.shape, shapes)
     found, of_stacks = jax.jit(jax.value_and_grad(loss))(arranged, TOKENS)
@@ -51,8 +49,8 @@ def test_the_loss_and_its_gradient_are_those_of_the_example(scanned):
 
 def test_adapters_are_the_low_rank_change_of_lora():
     rank, rng = 3, np.random.default_rng(1)
-    loss, shapes = memory_model.abstract(CONFIG, rank)
-    trained, frozen, join = memory_model.lora_split(shapes)
+    loss, shapes = model.abstract(CONFIG, rank)
+    trained, frozen, join = model.lora_split(shapes)
     trained, frozen = jax.tree.map(
         lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype), (trained, frozen)
     )
@@ -64,7 +62,7 @@ def test_adapters_are_the_low_rank_change_of_lora():
             return {"kernel": node["base"]["kernel"] + 2.0 * node["A"] @ node["B"]}
         return {k: formed(v) for k, v in node.items()} if isinstance(node, dict) else node
 
-    plain, _ = memory_model.abstract(CONFIG)
+    plain, _ = model.abstract(CONFIG)
     expected = jax.jit(plain)(formed(joined), TOKENS)
     assert jax.jit(loss)(joined, TOKENS) == pytest.approx(float(expected), rel=1e-5)
 
@@ -73,7 +71,7 @@ def test_adapters_are_the_low_rank_change_of_lora():
 def test_counts_are_those_of_the_memory_report(name):
     """Which takes layers one by one, by its own shapes of the preset."""
     cell = _cell(name, "350M", 256)
-    found = memory_shapes.counted(cell, memory_shapes.program_of(cell))
+    found = steps.counted(cell, steps.program_of(cell))
     more = {"refresh": "sketch"} if name == "lorenza_sketch" else {}
     [row] = memory_report("350M", 256, methods=[name.partition("_")[0]], **more).rows
     assert found["weights"] == row.weights
@@ -85,14 +83,14 @@ def test_counts_are_those_of_the_memory_report(name):
 
 def test_state_follows_from_the_sizes_of_matrices():
     cell = _cell("lorenza", "7B", 128)
-    state = memory_shapes.counted(cell, memory_shapes.program_of(cell))["state"]
+    state = steps.counted(cell, steps.program_of(cell))["state"]
     width, wide, layers, vocabulary, rank = 4096, 11008, 32, 32_000, 128
     matrices = layers * (4 * [(width, width)] + 3 * [(width, wide)]) + [(width, vocabulary)]
     low = sum(rank * (m + n) + 2 * rank * max(m, n) for m, n in matrices)
     full = 2 * (vocabulary * width + (2 * layers + 1) * width)
     assert state == pytest.approx(4 * (low + full), rel=1e-5)  # beside counts and seeds
     nothing = _cell("sgd", "7B")
-    assert memory_shapes.counted(nothing, memory_shapes.program_of(nothing))["state"] == 0
+    assert steps.counted(nothing, steps.program_of(nothing))["state"] == 0
 
 
 @pytest.mark.parametrize(
@@ -100,12 +98,12 @@ def test_state_follows_from_the_sizes_of_matrices():
     ["adamw", "lora"]
     + [
         pytest.param(name, marks=pytest.mark.slow)
-        for name in memory_shapes.METHODS
+        for name in methods.METHODS
         if name not in ("adamw", "lora")
     ],
 )
 def test_a_step_allocates_what_is_counted(name):
-    found = memory_shapes.measured(_cell(name, steps=2))
+    found = steps.measured(_cell(name, steps=2))
     assert found["run"]["state"] == found["state"]
     assert found["run"]["weights"] == found["weights"]
     assert np.isfinite(found["run"]["loss"])
@@ -141,7 +139,7 @@ def runs():
 
 def test_report_compares_at_each_rank(runs, tmp_path):
     records = {run["id"]: {"result": run} for run in runs}
-    found = memory_shapes_report.report("cpu", runs, records, tmp_path)
+    found = memory.report("cpu", runs, records, tmp_path)
     text = "\n".join(found.body)
     assert "### 7B, rank 8 (cpu size)" in text
     assert "### 7B, rank 99 (cpu size)" in text
@@ -162,25 +160,25 @@ def test_report_compares_at_each_rank(runs, tmp_path):
 
 def test_report_of_some_cells_and_of_none(runs, tmp_path):
     records = {run["id"]: {"result": run} for run in runs if run["method"] != "adamw"}
-    found = memory_shapes_report.report("cpu", runs, records, tmp_path)
+    found = memory.report("cpu", runs, records, tmp_path)
     assert [text.partition(" than ")[2] for text in found.findings] == [
         "LoRA's.",
         "LoRA's.",
     ]
-    assert memory_shapes_report.report("cpu", runs, {}, tmp_path).findings == []
+    assert memory.report("cpu", runs, {}, tmp_path).findings == []
 
 
 def test_cells_and_the_count_of_roberta(tmp_path):
     for size in experiments.SIZES:
-        experiments.checked(memory_shapes.cells(size))
-    rows = memory_shapes.counted_roberta(4)
+        experiments.checked(memory.cells(size))
+    rows = steps.counted_roberta(4)
     weights = rows["adamw"]["weights"]
     encoder = 12 * (4 * 768 * 769 + 768 * 3072 * 2 + 3072 + 768 + 4 * 768)
     tables = (50_265 + 514 + 1 + 2) * 768
     assert weights == 2 * (encoder + tables + 768 * 769)
     assert rows["adamw"]["state"] == 2 * weights + 4
     assert rows["lorenza_sketch"]["state"] < 0.02 * weights
-    [limit] = memory_shapes_findings.findings("cpu", {}, [{"rank": 4, **rows}])
+    [limit] = findings.findings("cpu", {}, [{"rank": 4, **rows}])
     saved = 1 - (weights + rows["lorenza_embedding"]["state"]) / (3 * weights)
     assert f"projected, too, {100 * saved:.1f} %; a method without any state" in limit
     assert "66.7 % less" in limit

@@ -10,20 +10,19 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 from benchmarks import (  # noqa: E402
     ablations,
-    ablations_report,
-    ablations_variants,
     check,
     experiments,
     pretraining,
-    pretraining_methods,
-    pretraining_runs,
     report,
     run,
     tables,
 )
+from benchmarks.ablations import plan as ablations_plan  # noqa: E402
+from benchmarks.ablations import variants as ablations_variants  # noqa: E402
+from benchmarks.pretraining import methods, plan, training  # noqa: E402
 
-llama, optimizers = pretraining_runs.llama, pretraining_runs.optimizers
-NANO = pretraining_runs.Model(llama.PRESETS["nano"].model, 6, 4, 2, 1.0)
+llama, optimizers = training.llama, training.optimizers
+NANO = training.Model(llama.PRESETS["nano"].model, 6, 4, 2, 1.0)
 SMALL = {"batch_size": 2, "seq_len": 16, "update_proj_gap": 3, "rho": 0.05, "arguments": {}}
 
 
@@ -31,21 +30,21 @@ SMALL = {"batch_size": 2, "seq_len": 16, "update_proj_gap": 3, "rho": 0.05, "arg
 def nano(tmp_path, monkeypatch):
     """Nano models and two of the methods; the folder of results."""
     models = {"cpu": {"a": NANO}, "full": {"a": NANO}}
-    monkeypatch.setattr(pretraining, "MODELS", models)
-    monkeypatch.setattr(pretraining_runs, "MODELS", models)
-    monkeypatch.setattr(pretraining, "SHARED", SMALL)
-    monkeypatch.setattr(pretraining, "FULL", {})
-    monkeypatch.setattr(pretraining, "RANKS", {"a": (2,)})
-    monkeypatch.setattr(pretraining, "GAPS", {"a": ()})
-    monkeypatch.setattr(pretraining, "SWEPT", ("lorenza",))
-    kept = {name: pretraining_methods.METHODS[name] for name in ("adamw", "lorenza")}
-    for module in (pretraining, pretraining_runs, pretraining_methods):
+    monkeypatch.setattr(plan, "MODELS", models)
+    monkeypatch.setattr(training, "MODELS", models)
+    monkeypatch.setattr(plan, "SHARED", SMALL)
+    monkeypatch.setattr(plan, "FULL", {})
+    monkeypatch.setattr(plan, "RANKS", {"a": (2,)})
+    monkeypatch.setattr(plan, "GAPS", {"a": ()})
+    monkeypatch.setattr(plan, "SWEPT", ("lorenza",))
+    kept = {name: methods.METHODS[name] for name in ("adamw", "lorenza")}
+    for module in (plan, training, methods):
         monkeypatch.setattr(module, "METHODS", kept)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "all.txt").write_text("to be, or not to be: that is the question. " * 99)
     monkeypatch.setenv(experiments.DATA_DIR, str(tmp_path))
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "out")
-    pretraining_runs._tokens.cache_clear()
+    training._tokens.cache_clear()
     return tmp_path / "out"
 
 
@@ -90,9 +89,9 @@ def test_from_trials_to_the_report_and_the_ablations(nano, monkeypatch):
     variants = ablations_variants.VARIANTS
     kept = {name: variants[name]._replace(fine_tuning="") for name in ("sign", "rotate", "rho0")}
     kept["same"] = kept["sign"]._replace(rho_factor=1.0)
-    for module in (ablations, ablations_report):
-        monkeypatch.setattr(module, "VARIANTS", kept)
-    monkeypatch.setattr(ablations, "PLACES", {"cpu": ("a", 0), "full": ("a", 0)})
+    for function in (ablations.cells, ablations.report):
+        monkeypatch.setitem(function.__globals__, "VARIANTS", kept)
+    monkeypatch.setattr(ablations_plan, "PLACES", {"cpu": ("a", 0), "full": ("a", 0)})
     assert run.main(["ablations", "--out", nano]) == 0
     changed, _ = experiments.read(nano / "ablations", ablations.cells("cpu"))
     assert len(changed) == 4 * 2
@@ -114,9 +113,7 @@ def test_each_kind_of_leaf_moves_at_its_own_rate():
     for method in ("adamw", "muon", "galore", "lorenza_plus"):
 
         def moved(matrices, others, method=method):
-            tx = pretraining_methods.transformation(
-                method, settings, matrices, others, lambda count: 1.0, {}
-            )
+            tx = methods.transformation(method, settings, matrices, others, lambda count: 1.0, {})
             updates, _ = tx.update(grads, tx.init(params), params)
             # Without weight decay, which goes by the rate of the others.
             decay = -others * optimizers.WEIGHT_DECAY
@@ -129,14 +126,14 @@ def test_each_kind_of_leaf_moves_at_its_own_rate():
         np.testing.assert_allclose(first["norm"], -1e-3, rtol=0.5 if method == "muon" else 1e-3)
         assert np.sum(first["layer"] * grads["layer"]) < 0
     adam = optax.adamw(1e-3, weight_decay=optimizers.WEIGHT_DECAY)
-    tx = pretraining_methods.transformation("adamw", settings, 1e-3, 1e-3, lambda count: 1.0, {})
+    tx = methods.transformation("adamw", settings, 1e-3, 1e-3, lambda count: 1.0, {})
     expected, _ = adam.update(grads, adam.init(params), params)
     updates, _ = tx.update(grads, tx.init(params), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, expected)
 
 
 def test_every_method_has_the_same_budget():
-    for name, method in pretraining_methods.METHODS.items():
+    for name, method in methods.METHODS.items():
         assert len(set(method.trials())) == 6, name
 
 

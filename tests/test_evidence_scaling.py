@@ -1,4 +1,4 @@
-"""What scaling.py counts is what there is; its races refresh when they say so; its words fit."""
+"""What scaling counts is what there is; its races refresh when they say so; its words fit."""
 
 import math
 
@@ -13,23 +13,21 @@ from benchmarks import (  # noqa: E402
     report,
     run,
     scaling,
-    scaling_devices,
-    scaling_fits,
-    scaling_programs,
 )
+from benchmarks.scaling import devices, fits, plan, steps  # noqa: E402
 
-NANO = scaling.Shape(16, 1, 8, 8, 4)
+NANO = plan.Shape(16, 1, 8, 8, 4)
 
 
 def test_flops_are_those_of_the_matrix_products():
     width, layers, batch, length = 1024, 2, 2, 64
-    shape = scaling.Shape(width, layers, batch, length, rank=32)
+    shape = plan.Shape(width, layers, batch, length, rank=32)
     tokens = np.zeros((batch, length + 1), np.int32)
     weights = layers * 12 * width**2 + 256 * width
     attention = layers * 2 * length * width
     product = 2 * batch * length
     refreshes = {"adamw": True, "sam": True, "rho=0": False}
-    found = {n: scaling_programs.step_flops(n, shape, tokens, r) for n, r in refreshes.items()}
+    found = {n: steps.step_flops(n, shape, tokens, r) for n, r in refreshes.items()}
     forward = product * (weights + attention)
     adam = 17 * weights  # about so many for each number
     assert found["adamw"] == pytest.approx(3 * forward + adam, rel=0.03)
@@ -68,18 +66,18 @@ ENTRY %main (p: f32[4]) -> f32[] {
 
 
 def test_collectives_count_as_often_as_they_run():
-    found = scaling_devices.parse(HLO)
+    found = devices.parse(HLO)
     assert found == {"all-reduce": [1, 400], "all-gather": [5, 5 * 32]}
-    assert scaling_devices.sent_bytes(found, 4) == 2 * 3 / 4 * 400 + 3 / 4 * 160
+    assert devices.sent_bytes(found, 4) == 2 * 3 / 4 * 400 + 3 / 4 * 160
     with pytest.raises(RuntimeError, match="a loop of unknown length"):
-        scaling_devices.parse(HLO.replace("known_trip_count", "unknown"))
+        devices.parse(HLO.replace("known_trip_count", "unknown"))
 
 
 def test_replicas_send_their_gradients_and_those_in_the_subspaces():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def sent(name, placement, refresh=False):
-        return scaling_devices.collectives(name, NANO, mesh, placement, refresh)
+        return devices.collectives(name, NANO, mesh, placement, refresh)
 
     width, rank = NANO.width, NANO.rank
     weights = 12 * width**2 + 2 * 256 * width + 3 * 2 * width  # with embedding, head, norms
@@ -90,7 +88,7 @@ def test_replicas_send_their_gradients_and_those_in_the_subspaces():
     assert sent("rho=0", "replicated") == {"all-reduce": [1, 4 * (low + loss)]}
     # Sharded, each device holds an eighth of what has so many, and they must be put together.
     leaf = jax.ShapeDtypeStruct((16, 64), np.float32)
-    assert scaling_devices.fully_sharded(leaf, mesh).shard_shape(leaf.shape) == (16, 8)
+    assert devices.fully_sharded(leaf, mesh).shard_shape(leaf.shape) == (16, 8)
     assert sent("adamw", "fsdp")["all-gather"][0] > 1
 
 
@@ -104,15 +102,15 @@ def test_growth_in_words():
         "not steadily": [1, 2, 1.5, 3],
     }
     for word, values in words.items():
-        assert scaling_fits.growth(x, values).word == word
-    found = scaling_fits.growth(x, [7 * n**1.5 for n in x])
+        assert fits.growth(x, values).word == word
+    found = fits.growth(x, [7 * n**1.5 for n in x])
     assert found.exponent == pytest.approx(1.5)
     assert found.last_exponent == pytest.approx(1.5)
-    linear = scaling_fits.growth(x, words["linear"])
+    linear = fits.growth(x, words["linear"])
     assert (linear.smallest, linear.largest) == (3, 3)
-    assert scaling_fits.growth([1, 8], [1, 3]).word == "grows"
-    assert scaling_fits.ratio([2, 4, 90], [1, 2, 3]).median == 2
-    assert [scaling_fits.significant(v) for v in (0, 0.01234, 4.567, 1234.5)] == [
+    assert fits.growth([1, 8], [1, 3]).word == "grows"
+    assert fits.ratio([2, 4, 90], [1, 2, 3]).median == 2
+    assert [fits.significant(v) for v in (0, 0.01234, 4.567, 1234.5)] == [
         "0", "0.0123", "4.57", "1234",
     ]  # fmt: skip
 
@@ -125,14 +123,14 @@ class Letters:
 
 @pytest.fixture
 def nano(monkeypatch):
-    plan = scaling.SIZES["cpu"]._replace(
+    tiny = plan.SIZES["cpu"]._replace(
         races=(NANO,), unrolled=(1, 2), unrolled_counted=(1, 2), unrolled_timed=(1,),
         scanned=(1, 2), layers_of=NANO, widths=(16, 32), ranks=(2, 4), probes=(1, 2), wide=NANO,
         sharded=NANO, batch_per_device=1, rounds=3, refresh_rounds=2,
     )  # fmt: skip
-    monkeypatch.setattr(scaling, "SIZES", {"cpu": plan, "full": plan})
-    monkeypatch.setattr(scaling, "RACERS", ("adamw", "rho=0"))
-    monkeypatch.setattr(scaling, "_text", Letters)
+    monkeypatch.setattr(plan, "SIZES", {"cpu": tiny, "full": tiny})
+    monkeypatch.setattr(plan, "RACERS", ("adamw", "rho=0"))
+    monkeypatch.setattr(steps, "_text", Letters)
 
 
 def test_cells_run_and_are_reported(nano, tmp_path):

@@ -507,8 +507,8 @@ def test_the_training_curve_is_that_of_float32():
 def test_the_benchmark_runs(tmp_path):
     root = pathlib.Path(__file__).resolve().parent.parent
     done = subprocess.run(
-        [sys.executable, root / "benchmarks" / "int8_moments.py", "--quick", "--out", tmp_path],
-        env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "benchmarks.int8_moments", "--quick", "--out", tmp_path],
+        cwd=root, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     stored = json.loads((tmp_path / "int8_moments.json").read_text())

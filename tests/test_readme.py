@@ -4,7 +4,6 @@ import json
 import pathlib
 import re
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -104,25 +103,22 @@ def test_results_are_built_from_what_is_stored(tmp_path):
 
 
 def test_the_main_jobs_table_is_the_stored_one():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import main_job
+    from benchmarks import main_job
 
     summary = json.loads((ROOT / "benchmarks" / "results" / "main_job.json").read_text())
     assert main_job.markdown(summary) in README
 
 
 def test_the_table_of_ascents_is_the_stored_one():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import readme_table
+    from benchmarks.ascent import readme_table
 
     assert readme_table.markdown(*map(readme_table.load, ("ascent", "step_cost"))) in README
 
 
 def test_the_table_of_the_family_is_the_stored_one():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import family_table
+    from benchmarks.family import readme_table
 
-    table = family_table.markdown(json.loads(family_table.RESULTS.read_text()))
+    table = readme_table.markdown(json.loads(readme_table.RESULTS.read_text()))
     assert table in README
     for path in re.findall(r"\]\((lorenza_optax/\S+\.py)\)", table):
         assert (ROOT / path).exists(), path

@@ -1,0 +1,1 @@
+"""Every method of the family on the main job: `python -m benchmarks.family`."""

@@ -1,0 +1,120 @@
+"""The cells of fine-tuning, and the choice among the trials of a tuning."""
+
+import math
+import statistics
+from typing import NamedTuple
+
+from benchmarks.finetuning.methods import FIRST, HELD_OUT, LAST, METHODS, REST
+
+# Apart from those of the final runs, so that none of these has helped to choose. The second draw is
+# for the better half of the first: one draw's luck is larger than what lies between methods.
+TUNING_SEEDS = (1000, 1001)
+
+
+class Size(NamedTuple):
+    examples: tuple  # None for all
+    seeds: int
+    max_len: dict  # tokens in training and in scoring; longer texts are cut
+    epochs: dict  # by number of examples
+    tuned_at: dict  # number of examples at which the hyperparameters are chosen, by the same
+    methods: dict  # by number of examples, groups of which each is finished before the next
+
+
+# On a CPU a step takes time in proportion to the length: in training these cut 1 % of CoLA, 5 % of
+# SST-2, 10 % of STS-B and two fifths of RTE, whose longest texts have 250 tokens.
+SHORT = {"cola": (24, 32), "stsb": (48, 64), "sst2": (32, 64), "rte": (64, 96)}
+LONG = dict.fromkeys(SHORT, (256, 256))
+PLANS = {
+    "cpu": Size(
+        (256, 1024), 3, SHORT, {256: 4, 1024: 3}, {256: 256, 1024: 256},
+        {256: (FIRST, REST), 1024: (FIRST,)},
+    ),
+    "full": Size(
+        (256, 1024, None), 10, LONG, {256: 6, 1024: 6, None: 3},
+        {256: 256, 1024: 1024, None: 1024}, dict.fromkeys((256, 1024, None), (FIRST, REST, LAST)),
+    ),
+}  # fmt: skip
+SHARED = {"batch_size": 16, "rank": 8, "update_proj_gap": 20}
+
+
+def cells(size):
+    plan, made = PLANS[size], []
+    for examples in plan.examples:
+        for names in plan.methods[examples]:
+            for task in plan.max_len:
+                for name in names:
+                    made += _of_method(size, plan, examples, task, name)
+    return made
+
+
+def _of_method(size, plan, examples, task, name):
+    method, (train_len, score_len) = METHODS[name], plan.max_len[task]
+    epochs = method.longer * plan.epochs[examples]
+    # In forward passes of a token; all examples are a guess, made without the data.
+    work = method.passes * train_len * (examples or 8000) * epochs
+    common = {
+        "task": task,
+        "method": name,
+        "examples": examples,
+        "epochs": epochs,
+        "train_len": train_len,
+        "score_len": score_len,
+        **SHARED,
+        "group": f"{size}-{task}-{name}",
+    }
+    prefix = f"{size}-{{}}-{task}-{name}"
+    tuning = [
+        {
+            "id": f"{prefix.format(plan.tuned_at[examples])}-tune{index}",
+            "kind": "tuning",
+            **common,
+            "learning_rate": rate,
+            "rho": rho,
+            "seed": TUNING_SEEDS[0],
+            "work": work + HELD_OUT * score_len,
+        }
+        for index, (rate, rho) in enumerate(method.trials())
+    ]
+    again = [
+        {
+            "id": f"{prefix.format(plan.tuned_at[examples])}-again{place}",
+            "kind": "tuning",
+            **common,
+            "place": place,
+            "seed": TUNING_SEEDS[1],
+            "needs": [cell["id"] for cell in tuning],
+            "work": work + HELD_OUT * score_len,
+        }
+        for place in range(len(tuning) // 2)
+    ]
+    final = [
+        {
+            "id": f"{prefix.format(examples or 'all')}-seed{seed}",
+            "kind": "final",
+            **common,
+            "seed": seed,
+            "needs": [cell["id"] for cell in (*tuning, *again)],
+            "work": work + 1000 * score_len,
+        }
+        for seed in range(plan.seeds)
+    ]
+    return [*tuning, *again, *final] if plan.tuned_at[examples] == examples else final
+
+
+def ranked(results):
+    """The trials, the best first: of most draws, then by their mean metric, then by mean loss.
+
+    Of a trial that was scored on several draws, one result stands for all.
+    """
+    draws = {}
+    for result in results:
+        draws.setdefault((result["learning_rate"], result["rho"]), []).append(result)
+    return [found[0] for found in sorted(draws.values(), key=_merit, reverse=True)]
+
+
+def _merit(draws):
+    metrics = [next(iter(result["metrics"].values())) for result in draws]
+    losses = [result["loss"] for result in draws]
+    if None in metrics or None in losses:
+        return len(draws), -math.inf, -math.inf
+    return len(draws), statistics.fmean(metrics), -statistics.fmean(losses)

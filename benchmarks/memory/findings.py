@@ -1,0 +1,142 @@
+"""What the sentences on memory say: what LORENZA saves, and where the headline is reached."""
+
+import operator
+
+from benchmarks import experiments
+from benchmarks.memory.methods import METHODS
+
+HEADLINE = 0.67  # published: "up to 67 % less memory"
+BASELINES = ("adamw", "sam", "galore_randomized", "lora")
+SUBJECTS = ("lorenza", "lorenza_sketch", "lorenza_int8", "lorenza_least")
+# In the sentences on single shapes.
+FEATURED = ("lorenza", "lorenza_sketch")
+AGAINST = ("adamw", "galore_randomized", "lora")
+MEASURES = {
+    "state": ("optimizer state", lambda run: run["state"]),
+    "counted": ("weights, gradients and state", lambda run: counted(run)),
+    "peak": ("peak of the compiled step", lambda run: run["peak"]),
+}
+
+
+def counted(run):
+    return run["weights"] + run["state"] + max(run["gradients"], run["refresh_gradients"])
+
+
+def saved(runs, subject, base, measure):
+    if subject not in runs or base not in runs:
+        return None
+    value = MEASURES[measure][1]
+    return 1 - value(runs[subject]) / value(runs[base])
+
+
+def kept(run):
+    return run["weights"] + run["state"]
+
+
+def again(size, cells, records):
+    """The smallest step of LORENZA: its state to the byte, and its peak nearly, as XLA plans it."""
+    name = f"{size}-60M-lorenza-r128"
+    if name not in records:
+        return []
+    expected = []
+    for key, slack in (("state", 0.0), ("peak", 0.1)):
+        stored = records[name]["result"][key]
+        edges = (1 - slack) * stored, (1 + slack) * stored
+        expected.append(experiments.Expectation(name, key, operator.itemgetter(key), *edges))
+    return expected
+
+
+def findings(size, shapes, roberta):
+    found = [_on_limit(size, run) for run in roberta[:1]]
+    if not shapes:
+        return found
+    if headline := _on_headline(size, shapes):
+        found.insert(0, headline)
+    preset = list(shapes)[-1][0]  # the largest
+    if short := _in_short(size, preset, shapes):
+        found.insert(0, short)
+    for subject in FEATURED:
+        parts = []
+        for rank in sorted(rank for name, rank in shapes if name == preset):
+            shares = [
+                f"{_less(share)} {METHODS[base].name}'s"
+                for base in AGAINST
+                if (share := saved(shapes[preset, rank], subject, base, "peak")) is not None
+            ]
+            if shares:
+                parts.append(f"at rank {rank}, {', '.join(shares)}")
+        if parts:
+            found.append(
+                f"Memory, {preset}, {size} size: the peak of a compiled step of "
+                f"{METHODS[subject].name} is, {'; '.join(parts)}."
+            )
+    return found
+
+
+def _in_short(size, preset, shapes):
+    """The peak against AdamW's, by rank: of the defaults and of what saves more."""
+    parts = []
+    for rank in sorted(rank for name, rank in shapes if name == preset):
+        runs = shapes[preset, rank]
+        shares = [saved(runs, subject, "adamw", "peak") for subject in FEATURED]
+        if None not in shares:
+            parts.append(
+                "{:.0f} % and {:.0f} % at rank {}".format(*(100 * s for s in shares), rank)
+            )
+    names = " and ".join(METHODS[subject].name for subject in FEATURED)
+    return parts and (
+        f"**Memory.** {preset} ({size} size): the peak of a compiled step of {names} is below "
+        f"AdamW's by {', '.join(parts)}. Published: up to {100 * HEADLINE:.0f} %."
+    )
+
+
+def _on_limit(size, run):
+    names = {"LORENZA": "lorenza", "with embeddings projected, too,": "lorenza_embedding"}
+    shares = {text: 1 - kept(run[name]) / kept(run["adamw"]) for text, name in names.items()}
+    limit = 1 - run["adamw"]["weights"] / kept(run["adamw"])
+    parts = [f"{text} {100 * share:.1f} %" for text, share in shares.items()]
+    return (
+        f"Memory, {size} size, counted as weights and state alone (RoBERTa-base, rank "
+        f"{run['rank']}, bfloat16), less than AdamW takes {', '.join(parts)}; a method without any "
+        f"state would take {100 * limit:.1f} % less. In this count that is the most there can be."
+    )
+
+
+def _less(share):
+    percent = f"{100 * abs(share):.0f}"
+    if percent == "0":
+        return "as much as"
+    return f"{percent} % {'less' if share > 0 else 'more'} than"
+
+
+def _on_headline(size, shapes):
+    """Where 67 % less than AdamW is reached, and the best of what is not."""
+    parts = []
+    for measure, (title, _) in MEASURES.items():
+        shares = {
+            (preset, rank, subject): share
+            for (preset, rank), runs in shapes.items()
+            for subject in SUBJECTS
+            if (share := saved(runs, subject, "adamw", measure)) is not None
+        }
+        if not shares:
+            continue
+        best = max(shares, key=shares.__getitem__)
+        default = {key: share for key, share in shares.items() if key[2] == "lorenza"}
+        reached = [key for key, share in shares.items() if share >= HEADLINE]
+        text = f"in {title} it is reached in {len(reached)} of {len(shares)} cases"
+        text += f" (best {_setting(best, shares)}"
+        if default:
+            text += f"; of the defaults {_setting(max(default, key=default.get), default)}"
+        parts.append(f"{text})")
+    return parts and (
+        f"Memory, {size} size, the published headline of up to {100 * HEADLINE:.0f} % less, taken "
+        f"against AdamW over shapes, ranks and variants of LORENZA: {'; '.join(parts)}."
+    )
+
+
+def _setting(key, shares):
+    preset, rank, subject = key
+    gap = 100 * (shares[key] - HEADLINE)
+    beside = f"{abs(gap):.1f} points {'above' if gap >= 0 else 'short'}"
+    return f"{100 * shares[key]:.1f} %, {beside}: {METHODS[subject].name}, {preset}, rank {rank}"

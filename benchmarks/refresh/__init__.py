@@ -1,0 +1,1 @@
+"""What a refresh costs and what it captures: `python -m benchmarks.refresh`."""
