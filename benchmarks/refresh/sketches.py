@@ -34,7 +34,7 @@ def _own(matrix, left, right, key, rank):
     del rank  # that of the old factors
     columns = _sketch.sketch_rows({"w": right}, {"w": left}, key)["w"]
     low, sketch = matmul(left.T, matrix), matmul(matrix, columns.T)
-    (found,), _ = _sketch.factors_from({"w": low}, {"w": sketch}, [("w",)])
+    found = _sketch.factors_from(low[None], sketch[None])
     return found.projectors[0], found.partners[0]
 
 
