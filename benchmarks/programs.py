@@ -149,7 +149,7 @@ def _other(name):
     return Optimizer(build, entry.call)
 
 
-def _lorenza(apply_updates=optax.apply_updates, **arguments):
+def lorenza(apply_updates=optax.apply_updates, **arguments):
     def build(shape):
         return lorenza_optax.lorenza(
             LEARNING_RATE,
@@ -167,18 +167,18 @@ OPTIMIZERS = {
     "adamw": _other("adamw"),
     "galore": _other("optax_galore"),
     "sam": _other("optax_sam"),
-    "zo, q=1": _lorenza(),
-    "zo, q=4": _lorenza(num_probes=4),
-    "zo, q=1, gradient": _lorenza(refresh="gradient"),
-    "zo, q=1, materialized": _lorenza(factored=False),
-    "zo, q=4, materialized": _lorenza(num_probes=4, factored=False),
-    "subspace": _lorenza(ascent="subspace"),
-    "momentum": _lorenza(ascent="momentum"),
-    "signed_momentum": _lorenza(ascent="signed_momentum"),
-    "rho=0": _lorenza(rho=0.0),
+    "zo, q=1": lorenza(),
+    "zo, q=4": lorenza(num_probes=4),
+    "zo, q=1, gradient": lorenza(refresh="gradient"),
+    "zo, q=1, materialized": lorenza(factored=False),
+    "zo, q=4, materialized": lorenza(num_probes=4, factored=False),
+    "subspace": lorenza(ascent="subspace"),
+    "momentum": lorenza(ascent="momentum"),
+    "signed_momentum": lorenza(ascent="signed_momentum"),
+    "rho=0": lorenza(rho=0.0),
     # Updates left as products, added by optax.apply_updates or by the library's own.
-    "rho=0, optax's apply": _lorenza(rho=0.0, factored_updates=True),
-    "rho=0, own apply": _lorenza(lorenza_optax.apply_updates, rho=0.0, factored_updates=True),
+    "rho=0, optax's apply": lorenza(rho=0.0, factored_updates=True),
+    "rho=0, own apply": lorenza(lorenza_optax.apply_updates, rho=0.0, factored_updates=True),
 }
 
 
@@ -226,7 +226,7 @@ def compile_steps(variants, shape, batch, mesh=None):
       mesh: Where given, the batch is sharded over its axis "data", the rest replicated.
     """
     variants = list(variants)
-    lowered = [_lower(variant, shape, batch, mesh) for variant in variants]
+    lowered = [lower(variant, shape, batch, mesh) for variant in variants]
     # XLA compiles without Python's lock: on two cores twice as fast as one after the other.
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = dict(zip(variants, pool.map(lambda one: one.compile(), lowered), strict=True))
@@ -236,7 +236,7 @@ def compile_steps(variants, shape, batch, mesh=None):
     return compiled
 
 
-def _lower(variant, shape, batch, mesh):
+def lower(variant, shape, batch, mesh):
     entry = OPTIMIZERS[variant.name]
     tx, loss = entry.build(shape), loss_of(shape)
 
@@ -275,7 +275,7 @@ COLLECTIVES = (
     "all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute",
     "collective-broadcast", "ragged-all-to-all",
 )  # fmt: skip
-_INSTRUCTION = re.compile(
+INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<kind>" + "|".join(COLLECTIVES) + r")"
     r"(?P<stage>-start|-done)?\(",
     re.M,
@@ -289,7 +289,7 @@ def collective_bytes(text):
     Of a pair of -start and -done only the second is counted: its type is the result alone.
     """
     found = {}
-    for match in _INSTRUCTION.finditer(text):
+    for match in INSTRUCTION.finditer(text):
         if match["stage"] == "-start":
             continue
         size = 0

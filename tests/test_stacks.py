@@ -53,7 +53,10 @@ def trained(factory, steps=5):
 
 
 @pytest.mark.filterwarnings("ignore:value_fn uses some projected leaves")
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize(
+    "name",
+    ["sketch", "rotate", *map(problems.slow, sorted(FACTORIES.keys() - {"sketch", "rotate"}))],
+)
 def test_one_by_one_is_all_at_once(name, monkeypatch):
     together = trained(FACTORIES[name])
     monkeypatch.setattr(_plan, "LARGE", 1)

@@ -132,7 +132,7 @@ def _sent(name, bodies, known):
     if name not in known:
         known[name] = {}
         for line in bodies[name]:
-            if match := programs._INSTRUCTION.match(line):
+            if match := programs.INSTRUCTION.match(line):
                 if match["stage"] != "-start":
                     size = programs.collective_bytes(line)
                     _add(known[name], {match["kind"]: [1, size[match["kind"]]]})

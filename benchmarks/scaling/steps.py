@@ -16,7 +16,7 @@ from benchmarks.scaling import devices
 PROBES = {count: f"zo, q={count}" for count in (1, 2, 4, 8, 16)}
 # Beside the optimizers of step_cost.py, which runs all that it finds there and not this file.
 programs.OPTIMIZERS |= {
-    name: programs._lorenza(num_probes=count)
+    name: programs.lorenza(num_probes=count)
     for count, name in PROBES.items()
     if name not in programs.OPTIMIZERS
 }
@@ -61,7 +61,7 @@ def step_flops(name, shape, batch, refresh):
     XLA takes of a conditional's branches the one with more: a whole program's FLOPs are those of
     a step that refreshes. It counts nothing for calls of LAPACK, which decompose.
     """
-    lowered = programs._lower(programs.Variant(name, refresh), shape, batch, None)
+    lowered = programs.lower(programs.Variant(name, refresh), shape, batch, None)
     return lowered.cost_analysis()["flops"]
 
 
@@ -83,7 +83,7 @@ def program(name, shape, batch):
     Of all threads of this process: others hold these up less than they do a clock's.
     """
     started = time.process_time()
-    lowered = programs._lower(programs.Variant(name), shape, batch, None)
+    lowered = programs.lower(programs.Variant(name), shape, batch, None)
     traced = time.process_time()
     compiled = lowered.compile()
     finished = time.process_time()
