@@ -18,6 +18,7 @@ LAYERS = [
     "_checks",
     "_mesh",
     "_noise",
+    "_stacks",
     "_linalg",
     "_newton_schulz",
     "_matrix_view",
