@@ -20,7 +20,7 @@ BLOCK = 256
 SMALLEST = 4096
 SHORTEST = 64
 # A layer of a stack with so many entries is encoded by itself: on the way there are many arrays.
-LARGE = 2**20
+LARGE = 2**16
 
 # (codes above 0, power) of arrays with a sign and of such that are not negative.
 SIGNED, UNSIGNED = (127, 4), (255, 6)
