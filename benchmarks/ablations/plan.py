@@ -4,7 +4,7 @@ from benchmarks import finetuning, pretraining
 from benchmarks.ablations.variants import VARIANTS
 
 TASKS = ("sst2", "stsb")
-PRETRAINING_SEEDS = 2  # of three
+PRETRAINING_SEEDS = 3
 PLACES = {"cpu": ("0.5M", 256), "full": ("60M", 1024)}  # the Llama; the number of examples
 
 
