@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from typing import NamedTuple
 
 from scipy import stats
 
@@ -44,7 +45,22 @@ def mean_and_deviation(values, digits, unit=""):
     return f"{statistics.fmean(values):{sign}.{digits}f}{spread}{unit}"
 
 
-def t_interval(values, unit="", digits=1):
+class Spread(NamedTuple):
+    """A standard deviation and its degrees of freedom."""
+
+    deviation: float
+    freedom: int
+
+
+def pooled(groups):
+    """The spread that groups of values have in common about their own means; None of too few."""
+    groups = [values for values in groups if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in groups)
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in groups)
+    return Spread((squares / freedom) ** 0.5, freedom) if freedom else None
+
+
+def t_interval(values, unit="", digits=1, spread=None):
     """The mean of paired differences and its interval of 95 % by Student's t."""
     if not values:
         return "-"
@@ -52,14 +68,15 @@ def t_interval(values, unit="", digits=1):
     mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:+.{digits}f}{unit} (one run)"
-    low, high = (f"{edge:+.{digits}f}" for edge in t_edges(values))
+    low, high = (f"{edge:+.{digits}f}" for edge in t_edges(values, spread))
     return f"{mean:+.{digits}f}{unit} ({low} to {high})"
 
 
-def t_edges(values):
-    """Where that interval begins and ends; of two values or more."""
+def t_edges(values, spread=None):
+    """Where that interval begins and ends, of two values or more; of another spread if given."""
     mean, count = statistics.fmean(values), len(values)
-    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(values) / count**0.5
+    deviation, freedom = spread or pooled([values])
+    half = stats.t.ppf(0.975, freedom) * deviation / count**0.5
     return mean - half, mean + half
 
 

@@ -142,4 +142,12 @@ def test_intervals_of_few_differences():
     low, high = stats.ttest_1samp(values, 0).confidence_interval()
     assert tables.t_interval(values, "%", 2) == f"+0.23 % ({low:+.2f} to {high:+.2f})"
     assert tables.t_interval([0.3]) == "+0.3 (one run)"
+    groups = [values, [2.0, 3.0], [1.0]]
+    spread = tables.pooled(groups)
+    about_means = np.concatenate([np.subtract(group, np.mean(group)) for group in groups])
+    assert spread.freedom == len(about_means) - len(groups) == 3
+    assert spread.deviation == pytest.approx(np.sqrt(np.sum(about_means**2) / spread.freedom))
+    half = stats.t.ppf(0.975, 3) * spread.deviation / np.sqrt(2)
+    assert tables.t_edges(groups[1], spread) == pytest.approx((2.5 - half, 2.5 + half))
+    assert tables.pooled([[1.0]]) is None
     assert tables.mean_and_deviation([1.0, None], 2) == "diverged"

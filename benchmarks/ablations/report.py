@@ -21,6 +21,7 @@ PANELS = {  # by experiment: what is compared, whether more of it is better
 
 def report(size, cells, records, folder):
     found = _differences(cells, records, folder.parent)
+    spread = _spread(found)
     rows, better, asked = [], [], None
     for name, variant in VARIANTS.items():
         loss, points = (found.get((name, experiment), []) for experiment in PANELS)
@@ -28,9 +29,9 @@ def report(size, cells, records, folder):
             continue
         question = variant.question if variant.question != asked else ""
         asked = variant.question
-        shown = tables.t_interval(loss, "%", 2), tables.t_interval(points, "", 2)
+        shown = tables.t_interval(loss, "%", 2, spread), tables.t_interval(points, "", 2)
         rows.append([question, variant.label, *shown])
-        if len(loss) > 1 and tables.t_edges(loss)[1] < 0:
+        if len(loss) > 1 and tables.t_edges(loss, spread)[1] < 0:
             better.append(f"{variant.question}: {variant.label} (loss {shown[0]})")
         if len(points) > 1 and tables.t_edges(points)[0] > 0:
             better.append(f"{variant.question}: {variant.label} (points {shown[1]})")
@@ -44,7 +45,9 @@ def report(size, cells, records, folder):
     body = [
         "Each row is the tuned run of pre-training (the smaller Llama, standard library; a loss, "
         "so less is better) and of fine-tuning (SST-2 and STS-B; points, so more is better) "
-        "with one change, against the unchanged run of the same seed, with t intervals of 95 %. "
+        "with one change, against the unchanged run of the same seed, with t intervals of 95 %; "
+        "of losses by the standard deviation that all changes have in common, for two or three "
+        "seeds say little of their own. "
         "The learning rates are those tuned for the unchanged run, which favours it.",
         "",
         f"The defaults are {_defaults()}.",
@@ -75,6 +78,11 @@ def again(size, cells, records):
             edges = tables.prediction_edges(values)
             expected[place] = experiments.Expectation(cell["id"], place, value, *edges)
     return list(expected.values())
+
+
+def _spread(found):
+    """Of the losses of all changes."""
+    return tables.pooled(values for (_, place), values in found.items() if place == "pretraining")
 
 
 def _loss(result):
@@ -117,12 +125,15 @@ def _plot(found, path):
     figure, panels = pyplot.subplots(
         1, 2, figsize=(12, 1 + 0.25 * len(VARIANTS)), layout="constrained", sharey=True
     )
-    names = list(reversed(VARIANTS))
+    names, spread = list(reversed(VARIANTS)), _spread(found)
     for axes, (experiment, (title, more_is_better)) in zip(panels, PANELS.items(), strict=True):
         axes.axvline(0, color="gray", linewidth=1)
         for row, name in enumerate(names):
             if values := found.get((name, experiment)):
-                low, high = tables.t_edges(values) if len(values) > 1 else (values[0],) * 2
+                common = spread if experiment == "pretraining" else None
+                low, high = (values[0],) * 2
+                if len(values) > 1:
+                    low, high = tables.t_edges(values, common)
                 good = low > 0 if more_is_better else high < 0
                 bad = high < 0 if more_is_better else low > 0
                 color = "C2" if good else "C3" if bad else "C0"
