@@ -21,6 +21,7 @@ import optax
 import corpus
 import lorenza_optax
 import optimizers
+from lorenza_optax import _renewal
 
 VOCABULARY = 256  # bytes
 LEARNING_RATE = 1e-3
@@ -186,16 +187,15 @@ OPTIMIZERS = {
 def without_refresh():
     """Programs traced here hold the branch without the refresh only.
 
-    A refresh is behind `lax.cond(due, ...)`. With `due` a constant, JAX still traces both
-    branches, but XLA knows which one runs and drops the other one with the conditional;
-    `refresh_in` tells whether it did.
+    A refresh's gradient is behind `lax.cond(due, ...)`. With `due` a constant, XLA drops a branch
+    with the conditional; `refresh_in` tells whether it did. What comes of sketches is left out.
     """
 
-    def never(*args, **kwargs):
-        del args, kwargs
-        return jnp.zeros((), bool)
+    def old(config, plan, low, sketches, state, active):
+        return _renewal.unchanged(plan, state), state.captured_energy
 
-    with mock.patch("lorenza_optax._in_update.is_due", never):
+    changed = {"is_due": lambda *args: jnp.zeros((), bool), "sketched_subspaces": old}
+    with mock.patch.multiple("lorenza_optax._in_update", **changed):
         yield
 
 
@@ -225,11 +225,11 @@ def compile_steps(variants, shape, batch, mesh=None):
       batch: One batch.
       mesh: Where given, the batch is sharded over its axis "data", the rest replicated.
     """
-    variants = list(variants)
-    lowered = [lower(variant, shape, batch, mesh) for variant in variants]
+    lowered = {variant: lower(variant, shape, batch, mesh) for variant in variants}
     # XLA compiles without Python's lock: on two cores twice as fast as one after the other.
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = dict(zip(variants, pool.map(lambda one: one.compile(), lowered), strict=True))
+        programs = pool.map(lambda one: one.compile(), lowered.values())
+        compiled = dict(zip(lowered, programs, strict=True))
     for variant, program in compiled.items():
         if not variant.refresh and (left := refresh_in(program)):
             raise RuntimeError(f"{variant.name} without its refresh calls {', '.join(left)}")
