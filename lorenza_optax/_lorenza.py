@@ -189,7 +189,10 @@ def lorenza(
         each leaf its own; 0 is for leaves that run in full.
       update_proj_gap: Interval T between refreshes, in updates.
       rho: Radius ρ of the perturbation, its Frobenius norm over all projected leaves, in units
-        of the parameters; a schedule may give it. 0 turns the ascent off.
+        of the parameters; a schedule may give it. 0 turns the ascent off, and saves half of a
+        step's FLOPs. (Of the published ascent no radius stood out in benchmarks/RESULTS.md; the
+        other kinds, which see where the loss rises, need SAM's radii, and smaller ones where
+        training starts from scratch.)
       mu: Smoothing radius μ of the differences; unused by ``estimator="jvp"``.
       num_probes: Number q of probes a step; evaluated together.
       scale: Factor of the projected leaves' updates, a float or a schedule (GaLore's α).
@@ -205,7 +208,8 @@ def lorenza(
         are r × max(m, n)), "reverse_std" the longer one (least memory; what
         ``optax.contrib.galore`` does), "left" the rows, "right" the columns.
       moment_transport: At a refresh "keep" leaves the inner state as it is (GaLore), "reset"
-        makes it new, "rotate" carries the moments over to the new basis (LDAdam).
+        makes it new, "rotate" carries the moments over to the new basis (LDAdam). None was best
+        everywhere in benchmarks/RESULTS.md.
       ascent: How A is found. "zo": the published probes. "subspace": the exact direction, by one
         more backward pass in the subspace; leaves that are not projected are perturbed too, by
         their own gradient. "momentum": the first moment, at no extra pass; "signed_momentum"
