@@ -206,17 +206,21 @@ def subspace_gradient(
 
         return *jax.lax.cond(due, refreshed, only_low), None
 
-    def sketched() -> Any:
+    projectors = around.subspaces.projectors
+
+    def columns() -> Any:
         key = step_key(state.ascent.seed, state.count, SKETCH)
-        return in_old(sketch_rows(around.rows, around.subspaces.projectors, key))
+        return sketch_rows(around.rows, projectors, key)
 
     def plain() -> Any:
         value, gradient = in_old()
-        shapes = jax.eval_shape(sketched)[1].sketches
-        zeros = {path: jnp.zeros(shape.shape, shape.dtype) for path, shape in shapes.items()}
+        zeros = {
+            path: jnp.zeros((*projectors[path].shape[:-1], rows.shape[-2]), rows.dtype)
+            for path, rows in jax.eval_shape(columns).items()
+        }
         return value, gradient._replace(sketches=zeros)
 
-    value, gradient = jax.lax.cond(due, sketched, plain)
+    value, gradient = jax.lax.cond(due, lambda: in_old(columns()), plain)
     prepared = prepared_low(gradient.low, gradient.others)
     new, share = in_auto_mode(
         lambda *args: sketched_subspaces(config, plan, *args),
