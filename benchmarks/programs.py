@@ -191,7 +191,7 @@ def without_refresh():
     with the conditional; `refresh_in` tells whether it did. What comes of sketches is left out.
     """
 
-    def old(config, plan, low, sketches, state, active):
+    def old(config, plan, low, sketches, energy, state, active):
         return _renewal.unchanged(plan, state), state.captured_energy
 
     changed = {"is_due": lambda *args: jnp.zeros((), bool), "sketched_subspaces": old}

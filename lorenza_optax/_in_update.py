@@ -192,7 +192,10 @@ def subspace_gradient(
 
         def only_low() -> Any:
             value, gradient = in_old()
-            return value, prepared_low(gradient.low, gradient.others)
+            prepared = prepared_low(gradient.low, gradient.others)
+            if config.moment_transport != "keep":
+                prepared = prepared._replace(overlaps=unchanged(plan, state).overlaps)
+            return value, prepared
 
         def refreshed() -> Any:
             value, gradient = full_gradient(near, move, config.ascent)
@@ -212,20 +215,25 @@ def subspace_gradient(
         key = step_key(state.ascent.seed, state.count, SKETCH)
         return sketch_rows(around.rows, projectors, key)
 
+    def sketched() -> Any:
+        value, gradient = in_old(columns())
+        return value, gradient, energy_of(gradient.low, gradient.sketches)
+
     def plain() -> Any:
         value, gradient = in_old()
         zeros = {
             path: jnp.zeros((*projectors[path].shape[:-1], rows.shape[-2]), rows.dtype)
             for path, rows in jax.eval_shape(columns).items()
         }
-        return value, gradient._replace(sketches=zeros)
+        return value, gradient._replace(sketches=zeros), energy_of(gradient.low, zeros)
 
-    value, gradient = jax.lax.cond(due, lambda: in_old(columns()), plain)
+    value, gradient, energy = jax.lax.cond(due, sketched, plain)
     prepared = prepared_low(gradient.low, gradient.others)
     new, share = in_auto_mode(
         lambda *args: sketched_subspaces(config, plan, *args),
         gradient.low,
         gradient.sketches,
+        energy,
         state,
         due & prepared.usable,
         like=lambda: (unchanged(plan, state), state.captured_energy),
@@ -238,11 +246,11 @@ def sketched_subspaces(
     plan: ProjectionPlan,
     low: Any,
     sketches: Any,
+    energy: jax.Array,
     state: LowRankState,
     active: jax.typing.ArrayLike,
 ) -> tuple[NewSubspaces, jax.Array]:
     """New subspaces from sketches, and the share of the gradient that the old ones held."""
-    energy = energy_of(low, sketches)
     held = total(jnp.sum(g * g) for g in low.values())
     share = jnp.minimum(held / jnp.where(energy > 0, energy, 1), 1)
     active &= jnp.isfinite(share)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from lorenza_optax._checks import check_choice
@@ -61,7 +62,7 @@ class LeafPlan:
 
 
 class Stack(NamedTuple):
-    """Projected leaves of like matrices, which are decomposed together.
+    """Projected leaves of like matrices, which a refresh treats together.
 
     Attributes:
       paths: The leaves.
@@ -100,14 +101,19 @@ class ProjectionPlan:
 
     @property
     def stacks(self) -> list[Stack]:
-        """The groups, but a stack of large matrices is one by itself."""
+        """The groups, but a stack of large matrices is one by itself.
+
+        On one device only: taken one by one along an axis that is sharded, as that of experts may
+        be, all of them would be gathered first.
+        """
         found = []
         for paths in self.groups:
-            view = self.leaves[paths[0]].matrix
-            in_turn = bool(view.batch) and view.m * view.n >= LARGE
-            for part in [(path,) for path in paths] if in_turn else [paths]:
-                batches = tuple(self.leaves[path].matrix.batch for path in part)
-                found.append(Stack(part, batches, in_turn))
+            views = {path: self.leaves[path].matrix for path in paths}
+            large = views[paths[0]].m * views[paths[0]].n >= LARGE and jax.device_count() == 1
+            in_turn = [path for path in paths if large and views[path].batch]
+            found += [Stack((path,), (views[path].batch,), True) for path in in_turn]
+            if rest := tuple(path for path in paths if path not in in_turn):
+                found.append(Stack(rest, tuple(views[path].batch for path in rest), False))
         return found
 
     def matrices(self, paths: Sequence[str]) -> list[tuple[str, int | None]]:

@@ -20,7 +20,8 @@ BLOCK = 256
 SMALLEST = 4096
 SHORTEST = 64
 # A layer of a stack with so many entries is encoded by itself: on the way there are many arrays.
-LARGE = 2**16
+# On one device only: along an axis that is sharded all layers would be gathered first.
+LARGE_LAYER = 2**16
 
 # (codes above 0, power) of arrays with a sign and of such that are not negative.
 SIGNED, UNSIGNED = (127, 4), (255, 6)
@@ -79,7 +80,7 @@ def quantized(x: jax.Array, signed: bool, key: jax.Array | None) -> dict[str, ja
         return jax.lax.map(lambda layer: encode(*layer), (x, *keys))
 
     keys = () if key is None else (key,)
-    if x.ndim > 2 and math.prod(x.shape[1:]) >= LARGE:
+    if x.ndim > 2 and math.prod(x.shape[1:]) >= LARGE_LAYER and jax.device_count() == 1:
         return in_auto_mode(encode_layers, x, *keys, like=lambda: _like(x))
     return in_auto_mode(encode, x, *keys, like=lambda: _like(x))
 

@@ -17,7 +17,7 @@ from lorenza_optax._mesh import in_auto_mode
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._refresh import is_due
 from lorenza_optax._renewal import carried
-from lorenza_optax._sketch import WARM_UP, sketch_rows
+from lorenza_optax._sketch import WARM_UP, energy_of, sketch_rows
 from lorenza_optax._state import LowRankState
 from lorenza_optax._step import prepare
 
@@ -72,13 +72,14 @@ def refreshed_apart(
 def _with_sketches(
     config: LowRankConfig, plan: ProjectionPlan, low: Any, sketches: Any, state: LowRankState
 ) -> LowRankState:
-    due = jnp.ones((), bool)
-    new, share = sketched_subspaces(config, plan, low, sketches, state, due)
+    energy, due = energy_of(low, sketches), jnp.ones((), bool)
+    new, share = sketched_subspaces(config, plan, low, sketches, energy, state, due)
     initial = config.inner.init(low)
     moments = load_moments(state.projected, initial)
-    turns = new.overlaps, new.refreshed, state.count
-    moved = carried(config, plan, moments, initial, *turns)
-    return _installed(config, state, new.subspaces, moved, new.refreshed, share, new.overlap)
+    settling = state.count < WARM_UP
+    moved = carried(config, plan, moments, initial, new.overlaps, new.changed, settling)
+    when = new.refreshed, new.changed
+    return _installed(config, state, new.subspaces, moved, *when, share, new.overlap)
 
 
 def _with_gradient(
@@ -88,9 +89,9 @@ def _with_gradient(
     initial = config.inner.init(found.low)
     moments = load_moments(state.projected, initial)
     if found.overlaps:
-        moments = carried(config, plan, moments, initial, found.overlaps, found.refreshed)
-    shares = (found.captured_energy, found.overlap)
-    return _installed(config, state, found.subspaces, moments, found.refreshed, *shares)
+        moments = carried(config, plan, moments, initial, found.overlaps, found.changed)
+    when, shares = (found.refreshed, found.changed), (found.captured_energy, found.overlap)
+    return _installed(config, state, found.subspaces, moments, *when, *shares)
 
 
 def _installed(
@@ -99,6 +100,7 @@ def _installed(
     subspaces: Any,
     moments: Any,
     refreshed: jax.Array,
+    changed: jax.Array,
     share: jax.Array,
     overlap: jax.Array,
 ) -> LowRankState:
@@ -111,8 +113,9 @@ def _installed(
         r=r,
         singular_values=values,
         projected=stored,
-        last_refresh=state.count,
+        last_refresh=jnp.where(refreshed, state.count, state.last_refresh),
         captured_energy=share,
         subspace_overlap=overlap,
     )
-    return jax.tree.map(lambda n, o: jnp.where(refreshed, n, o).astype(o.dtype), new, state)
+    new_ones = refreshed | changed  # a few alone, by turns or displacement, are not "changed"
+    return jax.tree.map(lambda n, o: jnp.where(new_ones, n, o).astype(o.dtype), new, state)

@@ -13,7 +13,6 @@ from lorenza_optax._config import LowRankConfig
 from lorenza_optax._gradient import SKETCH, step_key
 from lorenza_optax._linalg import total
 from lorenza_optax._plan import LeafPlan, ProjectionPlan
-from lorenza_optax._sketch import WARM_UP
 from lorenza_optax._stacks import overwritten, stacked
 from lorenza_optax._state import LowRankState
 from lorenza_optax._subspace import (
@@ -27,7 +26,6 @@ from lorenza_optax._subspace import (
 from lorenza_optax._transport import transport
 
 __all__ = [
-    "Find",
     "NewSubspaces",
     "carried",
     "from_gradient",
@@ -52,12 +50,14 @@ class NewSubspaces(NamedTuple):
       overlap: The mean of ‖C‖² / r over all matrices.
       refreshed: Whether all of them are new. A matrix whose decomposition does not converge keeps
         its old subspace, and the refresh stays due.
+      changed: Whether the inner state has to follow; the overlaps say how.
     """
 
     subspaces: tuple[Any, Any, Any]
     overlaps: Arrays
     overlap: Any
     refreshed: Any
+    changed: Any
 
 
 def unchanged(plan: ProjectionPlan, state: LowRankState) -> NewSubspaces:
@@ -67,7 +67,8 @@ def unchanged(plan: ProjectionPlan, state: LowRankState) -> NewSubspaces:
         for path, leaf in plan.projected.items()
     }
     old = (state.q, state.r, state.singular_values)
-    return NewSubspaces(old, overlaps, state.subspace_overlap, jnp.zeros((), bool))
+    no = jnp.zeros((), bool)
+    return NewSubspaces(old, overlaps, state.subspace_overlap, no, no)
 
 
 def renewed(
@@ -101,12 +102,14 @@ def renewed(
         for name, leaves in found.items():
             new[name] |= dict(zip(paths, leaves, strict=True))
     goods = new["good"].values()
-    refreshed = jnp.asarray(active) & (total(jnp.sum(~good) for good in goods) == 0)
+    number = sum(good.size for good in goods)
+    failed = total(jnp.sum(~good) for good in goods)
+    refreshed, changed = (jnp.asarray(active) & which for which in (failed == 0, failed < number))
     shares = (jnp.sum(jnp.square(c)) / c.shape[-1] for c in new["overlap"].values())
-    mean = total(shares) / sum(good.size for good in goods)
+    mean = total(shares) / number
     overlap = jnp.where(refreshed, mean.astype(jnp.float32), state.subspace_overlap)
     subspaces = new["q"], new["r"], new["values"]
-    return NewSubspaces(subspaces, new["overlap"], overlap, refreshed)
+    return NewSubspaces(subspaces, new["overlap"], overlap, refreshed, changed)
 
 
 def _renew(leaf: LeafPlan, find: Find, old: Stacks, known: list[Any]) -> Stacks:
@@ -118,7 +121,8 @@ def _renew(leaf: LeafPlan, find: Find, old: Stacks, known: list[Any]) -> Stacks:
     good = jnp.isfinite(jnp.sum(p * p, (-2, -1)) + jnp.sum(k * k, (-2, -1)))
     left, right = view.product(p, k)
     new = {"q": left, "r": right, "values": values, "overlap": overlap, "good": good}
-    old |= {"overlap": jnp.broadcast_to(jnp.eye(leaf.rank, dtype=p.dtype), overlap.shape)}
+    same = jnp.eye(leaf.rank, dtype=old["overlap"].dtype)
+    old = old | {"overlap": jnp.broadcast_to(same, overlap.shape)}
 
     def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
         # Probes may need fewer rows of the factor that does not project.
@@ -139,6 +143,7 @@ def from_gradient(
     key = step_key(state.ascent.seed, state.count, SKETCH)
 
     def decomposed(leaf: LeafPlan, known: list[Any], old: Stacks) -> Factors:
+        del old
         q, s, r = SUBSPACES[config.subspace](known[0], leaf.rank, key)
         return Factors(leaf.matrix.projector(q, r), leaf.matrix.partner(q, r), s)
 
@@ -168,12 +173,15 @@ def carried(
     moments: Any,
     initial: Any,
     overlaps: Arrays,
-    refreshed: Any,
-    count: jax.Array | None = None,
+    changed: Any,
+    settling: Any = None,
 ) -> Any:
-    """The inner state in new subspaces, if they are; of those from sketches with the count."""
+    """The inner state in new subspaces, if they have changed.
+
+    While the first subspaces from sketches are ``settling`` they turn at each update, and moments
+    turn with them even where they are kept else.
+    """
     kind = config.moment_transport
-    if kind == "keep" and config.decays is not None and count is not None:
-        # While the first subspaces settle they turn at each update, and moments turn with them.
-        kind, refreshed = "rotate", refreshed & (count < WARM_UP)
-    return transport(kind, moments, initial, overlaps, config.decays, refreshed, plan.stacks)
+    if kind == "keep" and config.decays is not None and settling is not None:
+        kind, changed = "rotate", changed & settling
+    return transport(kind, moments, initial, overlaps, config.decays, changed, plan.stacks)

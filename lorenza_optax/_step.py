@@ -24,6 +24,7 @@ from lorenza_optax._renewal import (
     unchanged,
 )
 from lorenza_optax._residual import DISCARD, Situation
+from lorenza_optax._sketch import WARM_UP
 from lorenza_optax._some import displaced, in_turn, moved_on, refresh_some, standing_still
 from lorenza_optax._state import LowRankState
 from lorenza_optax._subspace import RANDOM, lift, project
@@ -46,6 +47,7 @@ class Prepared(NamedTuple):
       others: The other leaves' gradients by path.
       subspaces: (q, r, singular_values) that ``low`` is in, as the state keeps them.
       overlaps: P_newᵀ P_old by path, where a refresh moves the inner state; else empty.
+      changed: Whether the inner state has to follow the subspaces.
       refreshed: Whether the subspaces are new.
       usable: Whether the gradient is finite.
       captured_energy: See :class:`LowRankState`.
@@ -58,6 +60,7 @@ class Prepared(NamedTuple):
     others: Arrays
     subspaces: tuple[Any, Any, Any]
     overlaps: Arrays
+    changed: Any
     refreshed: Any
     usable: Any
     captured_energy: Any
@@ -96,7 +99,7 @@ def prepare(
 
         def some() -> NewSubspaces:
             subspaces, overlap, refreshed = refresh_some(config, plan, matrices, state, chosen, key)
-            return NewSubspaces(subspaces, new.overlaps, overlap, refreshed)
+            return new._replace(subspaces=subspaces, overlap=overlap, refreshed=refreshed)
 
         new = jax.lax.cond(first, lambda: from_gradient(config, plan, state, matrices, True), some)
     elif matrices and config.subspace not in RANDOM:
@@ -116,9 +119,10 @@ def prepare(
     if switched:
         switched = {path: one | first for path, one in switched.items()}
         displacement = moved_on(switched, low, state)
-    overlaps = {} if config.moment_transport == "keep" else new.overlaps
+    moves = config.moment_transport != "keep" and config.subspace not in RANDOM
+    overlaps = new.overlaps if moves else {}
     prepared = Prepared(
-        low, others, subspaces, overlaps, new.refreshed, usable, share, new.overlap,
+        low, others, subspaces, overlaps, new.changed, new.refreshed, usable, share, new.overlap,
         displacement, {},
     )  # fmt: skip
     return prepared, oriented
@@ -135,13 +139,10 @@ def prepare_low(
     low = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in low.items()}
     others = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in others.items()}
     usable = jnp.isfinite(total(jnp.sum(g * g) for g in (*low.values(), *others.values())))
-    old = unchanged(plan, state)
-    overlaps = {} if config.moment_transport == "keep" else old.overlaps
+    old = (state.q, state.r, state.singular_values)
+    no = jnp.zeros((), bool)
     shares = (state.captured_energy, state.subspace_overlap)
-    return Prepared(
-        low, others, old.subspaces, overlaps, old.refreshed, usable, *shares,
-        state.displacement, {},
-    )  # fmt: skip
+    return Prepared(low, others, old, {}, no, no, usable, *shares, state.displacement, {})
 
 
 def complete(
@@ -183,8 +184,7 @@ def complete(
     moments = load_moments(state.projected, initial)
 
     if prepared.overlaps:
-        turns = prepared.overlaps, prepared.refreshed
-        moments = carried(config, plan, moments, initial, *turns)
+        moments = carried(config, plan, moments, initial, prepared.overlaps, prepared.changed)
     inner_low, projected = inner_update(prepared.low, moments, None, **extra_args)
     initial_others = config.others_inner.init(prepared.others)
     update_others: Callable[..., Any] = config.others_inner.update
@@ -204,7 +204,7 @@ def complete(
                 inner_low,
                 state.residual,
                 state.count - state.skipped + 1,
-                prepared.refreshed,
+                prepared.refreshed | prepared.changed,
                 step_key(state.ascent.seed, state.count, RESIDUAL),
                 scale,
             )
@@ -232,9 +232,9 @@ def complete(
 
     subspaces, overlap, refreshed = prepared.subspaces, prepared.overlap, prepared.refreshed
     if new is not None:
-        subspaces, overlaps, overlap, refreshed = new
-        turns = overlaps, refreshed, state.count
-        projected = carried(config, plan, projected, initial, *turns)
+        subspaces, overlaps, overlap, refreshed, changed = new
+        settling = state.count < WARM_UP
+        projected = carried(config, plan, projected, initial, overlaps, changed, settling)
 
     dtype = config.stored_moment_dtype()
     key = step_key(state.ascent.seed, state.count, ROUNDING)

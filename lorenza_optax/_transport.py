@@ -79,13 +79,13 @@ def transport(
 
     if together:
         state = jax.lax.cond(
-            active, lambda: _rotate(state, at_once, set(together), decays), lambda: state
+            active, lambda: _rotate(state, at_once, tuple(together), decays), lambda: state
         )
-    return _rotate(state, by_matrix, set(batches), decays) if batches else state
+    return _rotate(state, by_matrix, tuple(batches), decays) if batches else state
 
 
 def _rotate(
-    node: Any, rotate: Callable[..., Arrays], paths: set[str], decays: tuple[Any, Any] | None
+    node: Any, rotate: Callable[..., Arrays], paths: tuple[str, ...], decays: tuple[Any, Any] | None
 ) -> Any:
     """The state with the moments of some leaves rotated, those of one field each with the other."""
     if not isinstance(node, tuple):

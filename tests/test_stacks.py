@@ -10,7 +10,13 @@ from lorenza_optax import _plan, _quantized, _renewal, _subspace, methods
 from lorenza_optax._stacks import overwritten
 from tests import problems
 
-SHAPES = {"wide": (8, 14), "stacked": (3, 8, 12), "stacked_too": (3, 8, 12), "bias": (14,)}
+SHAPES = {
+    "a_single": (8, 12),  # of one group with the stacks
+    "wide": (8, 14),
+    "stacked": (3, 8, 12),
+    "stacked_too": (3, 8, 12),
+    "bias": (14,),
+}
 NUMBERS = {
     name: lorenza_optax.WeightDimensionNumbers(len(shape) - 2, len(shape) - 1)
     if len(shape) > 1
@@ -29,6 +35,11 @@ FACTORIES = {
     "svd": lambda: methods.scale_by_galore(**ARGUMENTS, subspace="svd"),
     "power_iteration": lambda: methods.scale_by_cosmos(rank=3, weight_dimension_numbers=NUMBERS),
 }
+
+
+def take_turns(monkeypatch, large=1):
+    monkeypatch.setattr(_plan, "LARGE", large)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 def loss(params):
@@ -59,7 +70,7 @@ def trained(factory, steps=5):
 )
 def test_one_by_one_is_all_at_once(name, monkeypatch):
     together = trained(FACTORIES[name])
-    monkeypatch.setattr(_plan, "LARGE", 1)
+    take_turns(monkeypatch)
     in_turn = trained(FACTORIES[name])
     assert int(in_turn[1].last_refresh) == int(together[1].last_refresh) == 4
     for one, other in zip(jax.tree.leaves(in_turn), jax.tree.leaves(together), strict=True):
@@ -68,8 +79,8 @@ def test_one_by_one_is_all_at_once(name, monkeypatch):
 
 @pytest.mark.parametrize("large", [1, 2**20])
 def test_a_matrix_that_cannot_be_decomposed_keeps_its_subspace(large, monkeypatch):
-    """The others get new ones, moments that are not turned stay, and the refresh stays due."""
-    monkeypatch.setattr(_plan, "LARGE", large)
+    """The others get new ones, moments follow where they do, and the refresh stays due."""
+    take_turns(monkeypatch, large)
     original = _subspace.SUBSPACES["randomized_svd"]
 
     def failing(matrices, rank, key):
@@ -90,7 +101,13 @@ def test_a_matrix_that_cannot_be_decomposed_keeps_its_subspace(large, monkeypatc
     too_large = gradients | {"stacked": gradients["stacked"].at[1].multiply(1e4)}
     _, third = tx.update(too_large, second, params)
     assert [int(s.last_refresh) for s in (first, second, third)] == [0, 0, 0]
-    for name in ("stacked", "stacked_too", "wide"):
+    old, new = second.q["stacked"], third.q["stacked"]  # P, as they are wide
+    turned = np.einsum("bkr,bks->brs", new, old)
+    turned[1] = np.eye(3)
+    low = np.einsum("bkr,bkl->brl", new, too_large["stacked"])
+    expected = 0.9 * turned @ second.projected.mu["stacked"] + 0.1 * low
+    np.testing.assert_allclose(third.projected.mu["stacked"], expected, rtol=1e-4, atol=1e-4)
+    for name in ("stacked", "stacked_too", "wide", "a_single"):
         changed = np.any(np.asarray(third.q[name]) != np.asarray(second.q[name]), axis=(-2, -1))
         expected = [True, False, True] if name == "stacked" else np.ones_like(changed)
         np.testing.assert_array_equal(changed, expected)
@@ -123,7 +140,8 @@ def test_leaves_are_overwritten_or_left_alone(in_turn, active):
 def test_layers_are_encoded_one_by_one(signed, monkeypatch):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 64, 80)), jnp.float32)
     together = _quantized.quantized(x, signed, None)
-    monkeypatch.setattr(_quantized, "LARGE", 1)
+    monkeypatch.setattr(_quantized, "LARGE_LAYER", 1)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     in_turn = _quantized.quantized(x, signed, None)
     for name, array in together.items():
         np.testing.assert_array_equal(in_turn[name], array)
