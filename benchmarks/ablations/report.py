@@ -22,6 +22,8 @@ DECISIONS = {
     "radii of SAM: at those that suit a blind probe the first moment destroys fine-tuning (STS-B).",
     variants.TRANSPORT: '`"keep"` stays: what `"rotate"` gains here it neither gains in '
     "fine-tuning nor in the main job (pretrain_tuning below).",
+    variants.SIDE: '`"std"` stays: the smaller moments of `"reverse_std"` cost loss.',
+    variants.DTYPES: "Left to the user, for whom they are free of cost here.",
 }
 ARGUMENTS = ("rho", "mu", "estimator", "num_probes", "ascent", "moment_transport", "proj_type",
              "scale", "factor_dtype", "moment_dtype", "refresh")  # fmt: skip
