@@ -145,8 +145,12 @@ def test_layers_are_encoded_one_by_one(signed, monkeypatch):
     in_turn = _quantized.quantized(x, signed, None)
     for name, array in together.items():
         np.testing.assert_array_equal(in_turn[name], array)
-    rounded = [_quantized.quantized(x, signed, jax.random.key(i)) for i in range(200)]
-    mean = np.mean([_quantized.dequantized(one) for one in rounded], axis=0)
+
+    @jax.jit
+    def rounded(key):
+        return _quantized.dequantized(_quantized.quantized(x, signed, key))
+
+    mean = np.mean([rounded(jax.random.key(i)) for i in range(200)], axis=0)
     wanted = np.asarray(x) if signed else np.maximum(x, 0)
     large = wanted > 0.5  # the smallest codes are rounded up
     np.testing.assert_allclose(mean[large], wanted[large], rtol=0.05)

@@ -4,7 +4,6 @@ from benchmarks import finetuning, pretraining
 from benchmarks.ablations.variants import VARIANTS
 
 TASKS = ("sst2", "stsb")
-PRETRAINING_SEEDS = 3
 PLACES = {"cpu": ("0.5M", 256), "full": ("60M", 1024)}  # the Llama; the number of examples
 
 
@@ -22,9 +21,9 @@ def cells(size):
     }
     made = []
     for name, variant in VARIANTS.items():
-        for seed in range(PRETRAINING_SEEDS if variant.pretraining else 0):
-            base = llamas[variant.pretraining, seed]
-            made.append(_changed(size, base, name, variant, "pretraining"))
+        for (method, _), base in llamas.items():
+            if method == variant.pretraining:
+                made.append(_changed(size, base, name, variant, "pretraining"))
     for name, variant in VARIANTS.items():
         for (method, task, _), base in berts.items():
             if method == variant.fine_tuning and task in TASKS:
