@@ -282,7 +282,7 @@ def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
     assert np.mean(agreement) == pytest.approx(final["metrics"]["accuracy"])
     scores = records["cpu-20-stsb-adamw-seed1"]["result"]
     found = np.corrcoef(scores["labels"], scores["predictions"])[0, 1]
-    assert found == pytest.approx(scores["metrics"]["pearson"], abs=1e-3)
+    assert found == pytest.approx(scores["metrics"]["pearson"], abs=1e-5)
     lora = records["cpu-20-sst2-lora-seed0"]["result"]
     assert lora["trained_parameters"] < final["trained_parameters"]
 

@@ -50,7 +50,7 @@ def loss(params):
 
 def trained(factory, steps=5):
     tx = factory()
-    params = problems.params(shapes=SHAPES)
+    params = problems.params(shapes=SHAPES, dtype=np.float64)
     state = tx.init(params)
 
     @jax.jit
@@ -69,12 +69,14 @@ def trained(factory, steps=5):
     ["sketch", "rotate", *map(problems.slow, sorted(FACTORIES.keys() - {"sketch", "rotate"}))],
 )
 def test_one_by_one_is_all_at_once(name, monkeypatch):
-    together = trained(FACTORIES[name])
-    take_turns(monkeypatch)
-    in_turn = trained(FACTORIES[name])
+    # In float64, for a training that divides by roots of second moments amplifies round-off.
+    with jax.enable_x64(True):
+        together = trained(FACTORIES[name])
+        take_turns(monkeypatch)
+        in_turn = trained(FACTORIES[name])
     assert int(in_turn[1].last_refresh) == int(together[1].last_refresh) == 4
     for one, other in zip(jax.tree.leaves(in_turn), jax.tree.leaves(together), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("large", [1, 2**20])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from benchmarks.finetuning.methods import FIRST, HELD_OUT, LAST, METHODS, REST
 
 # Apart from those of the final runs, so that none of these has helped to choose. The second draw is
-# for the better half of the first: one draw's luck is larger than what lies between methods.
+# for the better half of the first: the luck of one may exceed what lies between two trials.
 TUNING_SEEDS = (1000, 1001)
 
 

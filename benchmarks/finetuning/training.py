@@ -66,7 +66,7 @@ def stored(values):
     """Labels as one string of digits, numbers as float32 has them; those not finite as 0."""
     if values.dtype.kind in "iu":
         return "".join(map(str, values.tolist()))
-    return [float(f"{value:.8g}") for value in np.nan_to_num(values, posinf=0, neginf=0)]
+    return [float(f"{value:.9g}") for value in np.nan_to_num(values, posinf=0, neginf=0)]
 
 
 class Trained(NamedTuple):
