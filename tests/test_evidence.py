@@ -221,7 +221,7 @@ NANO = plan.Size(
     LENGTHS,
     {20: 2, 24: 1},
     {20: 20, 24: 20},
-    {20: (("adamw",), ("lora",)), 24: (("adamw",),)},
+    {20: ((("adamw",), LENGTHS), (("lora",), LENGTHS)), 24: ((("adamw",), LENGTHS),)},
 )
 
 
@@ -230,7 +230,7 @@ def nano(tmp_path, monkeypatch):
     """A nano BERT on a word that decides; the folder of results."""
     (tmp_path / "bert").mkdir()
     monkeypatch.setattr(inputs, "CHECKPOINT", checkpoints.write_bert(tmp_path / "bert"))
-    monkeypatch.setattr(plan, "PLANS", {"cpu": NANO, "full": NANO._replace(max_len={})})
+    monkeypatch.setattr(plan, "PLANS", {"cpu": NANO, "full": NANO._replace(examples=())})
     small = {"batch_size": 4, "rank": 4, "update_proj_gap": 3}
     monkeypatch.setattr(plan, "SHARED", small)
     monkeypatch.setattr(plan, "HELD_OUT", 15)
@@ -341,8 +341,8 @@ def test_every_method_has_the_same_budget():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_learning_rate_radius_and_seed_reach_the_compiled_step(nano, name, monkeypatch):
-    groups = {20: ((name,),), 24: ()}
-    monkeypatch.setattr(plan, "PLANS", {"cpu": plan.PLANS["cpu"]._replace(methods=groups)})
+    groups = {20: (((name,), LENGTHS),), 24: ()}
+    monkeypatch.setattr(plan, "PLANS", {"cpu": plan.PLANS["cpu"]._replace(groups=groups)})
     cell = next(c for c in finetuning.cells("cpu") if f"sst2-{name}-tune0" in c["id"])
     rho = cell["rho"]
 
