@@ -68,22 +68,25 @@ def _of_method(size, plan, examples, task, name):
         **SHARED,
         "group": f"{size}-{task}-{name}",
     }
+    # The tuning of another number of examples may serve this one.
     prefix = f"{size}-{{}}-{task}-{name}"
+    tuned_at = plan.tuned_at[examples]
+    base = _tuning_of(size, tuned_at, task, method.middle) if method.radii else ()
     tuning = [
         {
-            "id": f"{prefix.format(plan.tuned_at[examples])}-tune{index}",
+            "id": f"{prefix.format(tuned_at)}-tune{index}",
             "kind": "tuning",
             **common,
-            "learning_rate": rate,
-            "rho": rho,
+            **trial,
             "seed": TUNING_SEEDS[0],
+            **({"needs": base} if base else {}),
             "work": work + HELD_OUT * score_len,
         }
-        for index, (rate, rho) in enumerate(method.trials())
+        for index, trial in enumerate(method.trials())
     ]
     again = [
         {
-            "id": f"{prefix.format(plan.tuned_at[examples])}-again{place}",
+            "id": f"{prefix.format(tuned_at)}-again{place}",
             "kind": "tuning",
             **common,
             "place": place,
@@ -99,12 +102,19 @@ def _of_method(size, plan, examples, task, name):
             "kind": "final",
             **common,
             "seed": seed,
-            "needs": [cell["id"] for cell in (*tuning, *again)],
+            "needs": _tuning_of(size, tuned_at, task, name),
             "work": work + 1000 * score_len,
         }
         for seed in range(plan.seeds)
     ]
-    return [*tuning, *again, *final] if plan.tuned_at[examples] == examples else final
+    return [*tuning, *again, *final] if tuned_at == examples else final
+
+
+def _tuning_of(size, examples, task, name):
+    """Ids of all trials of a method."""
+    trials = len(METHODS[name].trials())
+    of = [f"tune{index}" for index in range(trials)] + [f"again{i}" for i in range(trials // 2)]
+    return [f"{size}-{examples}-{task}-{name}-{suffix}" for suffix in of]
 
 
 def ranked(results):

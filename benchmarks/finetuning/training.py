@@ -24,8 +24,11 @@ EVALUATION_BATCH = 64
 
 
 def run(cell, display, needed):
+    """A trial, or what the trials of its `needs` have chosen: for the same method, or its base."""
     chosen = ranked(needed.values())[cell.get("place", 0)] if needed else cell
-    return fine_tune(cell, {key: chosen[key] for key in ("learning_rate", "rho")}, display)
+    rate = float(f"{chosen['learning_rate'] * cell.get('rate_factor', 1):.3g}")
+    rho = cell.get("rho", chosen["rho"])
+    return fine_tune(cell, {"learning_rate": rate, "rho": rho}, display)
 
 
 def fine_tune(cell, hyperparameters, display):
