@@ -18,6 +18,7 @@ from benchmarks import (  # noqa: E402
     finetuning,
     report,
     run,
+    tables,
 )
 from benchmarks.finetuning import bootstrap, inputs, methods, plan, training  # noqa: E402
 
@@ -198,18 +199,27 @@ def test_bootstrap_against_direct_computation(metric):
 def test_intervals_have_the_width_that_theory_gives():
     rng = np.random.default_rng(0)
     labels = np.zeros(400)
-    first, second = (rng.random((1, 400)) < share for share in (0.2, 0.3))
+    # Seeds that are alike: what is left is the variance of examples.
+    first, second = (np.tile(rng.random(400) < share, (100, 1)) for share in (0.2, 0.3))
     estimate, samples = bootstrap.replicates("accuracy", labels, first, second, 0)
-    found = bootstrap.interval(estimate, samples)
+    found = bootstrap.interval(estimate, samples, seeds=100)
     paired = (first == 0).astype(float) - (second == 0)
     width = 2 * 1.96 * paired.std() / 20
     assert found.high - found.low == pytest.approx(width, rel=0.1)
     both = bootstrap.mean_over_tasks([(estimate, samples), (estimate, rng.permutation(samples))])
-    halved = bootstrap.interval(*both)
+    halved = bootstrap.interval(*both, seeds=100, tasks=2)
     assert halved.estimate == pytest.approx(estimate)
     assert halved.high - halved.low == pytest.approx(width / 2**0.5, rel=0.1)
-    same = bootstrap.interval(*bootstrap.replicates("accuracy", labels, first, first, 0))
-    assert same == (0, 0, 0)
+    # Three seeds that differ and examples that do not: Student's t.
+    of_seeds = np.array([0.0, 0.25, 1.0])
+    first = np.where(np.arange(400) < 400 * of_seeds[:, None], 0, 1)
+    found = bootstrap.interval(
+        *bootstrap.replicates("accuracy", labels, first, np.ones((3, 400)), 0), seeds=3
+    )
+    low, high = tables.t_edges(of_seeds)
+    assert found.high - found.low == pytest.approx(high - low, rel=0.1)
+    same = bootstrap.replicates("accuracy", labels, first, first, 0)
+    assert bootstrap.interval(*same, seeds=3) == (0, 0, 0)
 
 
 # Fine-tuning.

@@ -97,9 +97,10 @@ def _explanation():
         "are in points (100 times the metric): accuracy for RTE and SST-2, Matthews' correlation "
         "for CoLA, Pearson's for STS-B.",
         "",
-        "Intervals are of 95 %, from a paired bootstrap over examples and seeds. They do not hold "
-        "what the choice of the hyperparameters adds, and with few seeds are too narrow: of three, "
-        "a bootstrap sees two thirds of the variance.",
+        "Intervals are of 95 %: Student's t, with two degrees of freedom for three seeds of a task "
+        "and as many more for each further task, times the standard deviation of a paired "
+        "bootstrap over examples and seeds, corrected for few seeds. They do not hold what the "
+        "choice of the hyperparameters adds.",
     ]
 
 
@@ -155,7 +156,7 @@ def _arrays(results):
 
 def _differences(runs, method, baseline, tasks):
     """{task or "average": Difference in points}; the average is over the tasks that both have."""
-    parts = {}
+    parts, seeds = {}, 0  # all tasks have as many seeds
     for index, task in enumerate(tasks):
         if (method, task) in runs and (baseline, task) in runs:
             labels, first = _arrays(runs[method, task])
@@ -163,10 +164,11 @@ def _differences(runs, method, baseline, tasks):
             if not np.array_equal(labels, others):
                 raise ValueError(f"{task}: methods were scored on different examples")
             estimate, samples = bootstrap.replicates(_metric(task), labels, first, second, index)
-            parts[task] = 100 * estimate, 100 * samples
-    found = {task: bootstrap.interval(*part) for task, part in parts.items()}
+            parts[task], seeds = (100 * estimate, 100 * samples), len(first)
+    found = {task: bootstrap.interval(*part, seeds) for task, part in parts.items()}
     if len(parts) > 1:
-        found["average"] = bootstrap.interval(*bootstrap.mean_over_tasks(parts.values()))
+        average = bootstrap.mean_over_tasks(parts.values())
+        found["average"] = bootstrap.interval(*average, seeds, len(parts))
     return found
 
 
