@@ -35,6 +35,7 @@ def nano(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "SHARED", SMALL)
     monkeypatch.setattr(plan, "FULL", {})
     monkeypatch.setattr(plan, "RANKS", {"a": (2,)})
+    monkeypatch.setattr(plan, "RETUNED", {"a": 2})
     monkeypatch.setattr(plan, "GAPS", {"a": ()})
     monkeypatch.setattr(plan, "SWEPT", ("lorenza",))
     kept = {name: methods.METHODS[name] for name in ("adamw", "lorenza")}
@@ -52,7 +53,7 @@ def test_from_trials_to_the_report_and_the_ablations(nano, monkeypatch):
     assert run.main(["pretraining", "--out", nano]) == 0
     cells = pretraining.cells("cpu")
     records, _ = experiments.read(nano / "pretraining", cells)
-    assert len(records) == len(cells) == 2 * 6 + 2 * 2 * 2 + 1 + 2
+    assert len(records) == len(cells) == 2 * 6 + 2 * 2 * 2 + 1 + 2 + (6 + 2)
 
     def result(name):
         return records[f"cpu-{name}"]["result"]
@@ -63,20 +64,34 @@ def test_from_trials_to_the_report_and_the_ablations(nano, monkeypatch):
         for rate in ("matrices_rate", "others_rate"):
             assert result(name)[rate] == chosen[rate]
     assert result("a-stdlib-adamw-seed0")["corpus"] != result("a-text-adamw-seed0")["corpus"]
-    ranks = [result(f"a-stdlib-lorenza-{n}seed0")["optimizer_state_bytes"] for n in ("", "r2-")]
-    assert ranks[0] > ranks[1]
+    names = "", "r2-", "r2-tuned-"
+    ranks = [result(f"a-stdlib-lorenza-{n}seed0")["optimizer_state_bytes"] for n in names]
+    assert ranks[0] > ranks[1] == ranks[2]
+    trials = [result(f"a-stdlib-lorenza-r2-tuned-tune{i}") for i in range(6)]
+    chosen = min(trials, key=lambda trial: trial["validation_loss"])
+    for rate in ("matrices_rate", "others_rate"):
+        assert result("a-stdlib-lorenza-r2-tuned-seed1")[rate] == chosen[rate]
     seconds = records["cpu-a-race"]["result"]["seconds"]
     assert {name: len(times) for name, times in seconds.items()} == {"adamw": 3, "lorenza": 3}
 
     text = report.build(nano, ["pretraining"])
     pairs = [
-        100 * (result(f"{where}-lorenza-seed{s}")["validation_loss"]
-               / result(f"{where}-adamw-seed{s}")["validation_loss"] - 1)
-        for where in ("a-stdlib", "a-text") for s in (0, 1)
+        np.mean([
+            100 * (result(f"{where}-lorenza-seed{s}")["validation_loss"]
+                   / result(f"{where}-adamw-seed{s}")["validation_loss"] - 1)
+            for where in ("a-stdlib", "a-text")
+        ])
+        for s in (0, 1)
     ]  # fmt: skip
     shown = tables.t_interval(pairs, "%")
     assert f"of LORENZA, zo {shown} to AdamW's" in text
-    assert "at its best rank of those tried" in text
+    above = [
+        100 * (result(f"a-stdlib-lorenza-r2-tuned-seed{s}")["validation_loss"]
+               / result(f"a-stdlib-adamw-seed{s}")["validation_loss"] - 1)
+        for s in (0, 1)
+    ]  # fmt: skip
+    assert f"2 of 32, tuned there, LORENZA's validation loss is {np.mean(above):+.1f} % (" in text
+    assert "| 2, tuned there | " in text
 
     # Run again, the figures are the same; others would be found out.
     (nano / "pretraining" / "cpu-a-race.json").unlink()  # times of so small a model say nothing

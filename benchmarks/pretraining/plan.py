@@ -9,6 +9,7 @@ SHARED = {"batch_size": 8, "seq_len": 128, "update_proj_gap": 20, "rho": 0.05, "
 FULL = {"batch_size": 128, "seq_len": 256, "update_proj_gap": 100}
 SWEPT = ("lorenza", "galore")
 RANKS = {"0.5M": (4, 8, 16, 48, 96), "60M": (8, 32, 64, 256, 512)}  # and the model's own
+RETUNED = {"0.5M": 48, "60M": 256}  # the rank of them that has a tuning of its own
 GAPS = {"0.5M": (5, 10, 50, 100, 250), "60M": (20, 50, 200, 500, 2000)}  # and the shared one
 
 
@@ -35,12 +36,14 @@ def cells(size):
         for method in SWEPT
         for seed in range(2)
     ]
+    for method in SWEPT:
+        made += _retuned(size, small, method, range(models[small].seeds))
     return made
 
 
-def tuning_cells(size, model, method):
+def tuning_cells(size, model, method, prefix=""):
     return [
-        _cell(size, model, "stdlib", method, TUNING_SEED, f"tune{index}") | {
+        _cell(size, model, "stdlib", method, TUNING_SEED, f"{prefix}tune{index}") | {
             "kind": "tuning", "matrices_rate": matrices, "others_rate": others,
         }
         for index, (matrices, others) in enumerate(METHODS[method].trials())
@@ -56,6 +59,16 @@ def _swept(size, model, method, changed, seed):
     short = {"rank": "r", "update_proj_gap": "T"}[key]
     made = _cell(size, model, "stdlib", method, seed, f"{short}{value}-seed{seed}")
     return made | changed | {"kind": "sweep", "swept": key} | _needs(size, model, method)
+
+
+def _retuned(size, model, method, seeds):
+    rank = RETUNED[model]
+    prefix = f"r{rank}-tuned-"
+    trials = [cell | {"rank": rank} for cell in tuning_cells(size, model, method, prefix)]
+    more = {"kind": "retuned", "rank": rank, "needs": [cell["id"] for cell in trials]}
+    return trials + [
+        _cell(size, model, "stdlib", method, seed, f"{prefix}seed{seed}") | more for seed in seeds
+    ]
 
 
 def _race(size, model):

@@ -1,11 +1,9 @@
 """The part of RESULTS.md on pre-training: losses, differences, what state and time they cost."""
 
-import statistics
-
 import numpy as np
 
 from benchmarks import experiments, tables
-from benchmarks.pretraining import plots
+from benchmarks.pretraining import paired, plots, sweeps
 from benchmarks.pretraining.methods import METHODS
 
 SUBJECTS = ("lorenza", "lorenza_subspace")  # of the findings
@@ -25,15 +23,14 @@ def report(size, cells, records, folder):
         body += ["", f"![Losses of {model}](results/{folder.name}/{path.name})"]
         body += ["", *_differences(model, finals)]
         findings += _findings(size, model, finals)
-    for swept, title in (("rank", "Rank"), ("update_proj_gap", "Interval T between subspaces")):
-        if sweep := _sweep(cells, records, swept):
+    for swept, title in sweeps.TITLES.items():
+        if sweep := sweeps.of(cells, records, swept):
             path = folder / f"{swept}-{size}.png"
-            adamw = _adamw_loss(cells, records)
-            plots.sweep(sweep, title, adamw, path)
-            body += ["", f"### {title} ({size} size)", "", *_sweep_table(sweep, title, adamw)]
+            plots.sweep(sweep, title, path)
+            body += ["", f"### {title} ({size} size)", "", *sweeps.section(sweep)]
             body += ["", f"![{title}](results/{folder.name}/{path.name})"]
-            if swept == "rank" and adamw:
-                findings += _rank_finding(size, sweep, adamw)
+            if swept == "rank":
+                findings += sweeps.rank_finding(size, sweep)
     return experiments.Section(findings, body)
 
 
@@ -82,8 +79,10 @@ def _explanation(cell):
         f"Llamas in batches of {cell['batch_size']} sequences of {cell['seq_len']} tokens, which "
         "at the CPU's size are bytes. All methods, AdamW too, have two "
         "learning rates, one of the matrices that LORENZA projects and one of all other leaves, "
-        f"tuned with {len(METHODS['adamw'].trials())} trials on the standard library, "
-        "scored on a twentieth of the train part; these rates serve both texts. The rank is a "
+        f"tuned with {len(METHODS['adamw'].trials())} trials (three rates of the matrices, of "
+        "which tables mark the edges, and two of the others, which are edges both) on the "
+        "standard library, scored on a twentieth of the train part; these rates serve both texts. "
+        "The rank is a "
         f"quarter of the width, T is {cell['update_proj_gap']}, rho {cell['rho']:g}.",
     ]
 
@@ -133,7 +132,7 @@ def _losses(runs, text, ratios):
             f"{rates[0]:g}{edge}, {rates[1]:g}",
             tables.mean_and_deviation(losses, 3),
             "-" if method == "adamw" else tables.mean_and_deviation(
-                _percent_above(results, baseline), 2, "%"),
+                list(paired.percent_above(results, baseline).values()), 2, "%"),
             f"{state / 1e6:.2f} MB" + (f" ({state / against:.2f}x)" if against else ""),
             "-" if normal is None else f"{normal:.2f}x, {mean:.2f}x",
         ])  # fmt: skip
@@ -149,42 +148,22 @@ def _losses(runs, text, ratios):
     ]  # fmt: skip
 
 
-def _percent_above(results, baseline):
-    """Of the seeds that both have and that did not diverge."""
-    pairs = [
-        (result["validation_loss"], baseline[seed]["validation_loss"])
-        for seed, result in results.items()
-        if seed in baseline
-    ]
-    return [100 * (ours / theirs - 1) for ours, theirs in pairs if None not in (ours, theirs)]
-
-
-def _paired(model, finals, method, baseline):
-    """Relative differences in percent, text by text and seed by seed."""
-    return [
-        percent
-        for (m, text, name), results in finals.items()
-        if (m, name) == (model, method)
-        for percent in _percent_above(results, finals.get((model, text, baseline), {}))
-    ]
-
-
 def _differences(model, finals):
     methods = dict.fromkeys(key[2] for key in finals if key[0] == model)
     rows = [
         [
             tables.NAMES[m],
             *(
-                "-" if m == b else tables.t_interval(_paired(model, finals, m, b), "%")
+                "-" if m == b else tables.t_interval(paired.over_texts(model, finals, m, b), "%")
                 for b in BASELINES
             ),
         ]
         for m in methods
     ]
     return [
-        "Validation loss above that of the baseline, in percent, paired over texts and seeds, "
-        "with t intervals of 95 % (of few pairs, that share the tuning: a lower bound of the "
-        "uncertainty):",
+        "Validation loss above that of the baseline, in percent, the mean over texts, paired seed "
+        "by seed, with t intervals of 95 % over seeds (that share the tuning, so a lower bound of "
+        "the uncertainty):",
         "",
         *tables.markdown(["method", *(f"above {tables.NAMES[b]}" for b in BASELINES)], rows),
     ]
@@ -196,7 +175,7 @@ def _findings(size, model, finals):
         against = [
             f"{tables.t_interval(pairs, '%')} to {tables.NAMES[baseline]}'s"
             for baseline in BASELINES
-            if (pairs := _paired(model, finals, method, baseline))
+            if (pairs := paired.over_texts(model, finals, method, baseline))
         ]
         if against:
             parts.append(f"of {tables.NAMES[method]} {' and '.join(against)}")
@@ -205,62 +184,4 @@ def _findings(size, model, finals):
     return [
         f"**Loss.** Pre-training, {model} parameters ({size} size), relative difference of the "
         f"validation loss: {'; '.join(parts)}."
-    ]
-
-
-def _adamw_loss(cells, records):
-    """AdamW's mean loss where the sweeps are made, over the same seeds."""
-    swept = [cell for cell in cells if cell["kind"] == "sweep"]
-    if not swept:
-        return None
-    seeds = {cell["seed"] for cell in swept}
-    losses = [
-        records[cell["id"]]["result"]["validation_loss"]
-        for cell in cells
-        if cell["id"] in records and cell["kind"] == "final" and cell["method"] == "adamw"
-        and cell["seed"] in seeds
-        and (cell["model"], cell["text"]) == (swept[0]["model"], swept[0]["text"])
-    ]  # fmt: skip
-    return statistics.fmean(losses) if losses and None not in losses else None
-
-
-def _sweep(cells, records, swept):
-    """{method: {value: losses}}, with the runs at the shared value among them."""
-    here = [cell for cell in cells if cell["kind"] == "sweep"]
-    models = {(cell["model"], cell["text"]) for cell in here}
-    methods, seeds = ({cell[key] for cell in here} for key in ("method", "seed"))
-    found = {}
-    for cell in cells:
-        same = (
-            cell["kind"] == "final" and (cell["model"], cell["text"]) in models
-            and cell["method"] in methods and cell["seed"] in seeds
-        )  # fmt: skip
-        if (same or cell.get("swept") == swept) and (record := records.get(cell["id"])):
-            loss = record["result"]["validation_loss"]
-            by_value = found.setdefault(cell["method"], {})
-            by_value.setdefault(cell[swept], []).append(float("nan") if loss is None else loss)
-    # Nothing is swept yet where there is but the shared value.
-    return {m: dict(sorted(values.items())) for m, values in found.items() if len(values) > 1}
-
-
-def _sweep_table(sweep, title, adamw):
-    values = sorted({value for found in sweep.values() for value in found})
-    rows = [
-        [tables.NAMES[m], *(tables.mean_and_deviation(found.get(value, []), 3) for value in values)]
-        for m, found in sweep.items()
-    ]
-    note = "" if adamw is None else f" AdamW: {adamw:.3f}."
-    return [f"Validation loss at each value, two seeds.{note}", "",
-            *tables.markdown([title.split()[0].lower(), *map(str, values)], rows)]  # fmt: skip
-
-
-def _rank_finding(size, sweep, adamw):
-    if "lorenza" not in sweep:
-        return []
-    rank, losses = min(sweep["lorenza"].items(), key=lambda item: statistics.fmean(item[1]))
-    above = 100 * (statistics.fmean(losses) / adamw - 1)
-    verdict = "within" if above <= 1 else "not within"
-    return [
-        f"**Rank.** Pre-training ({size} size): at its best rank of those tried, {rank}, LORENZA's "
-        f"validation loss is {above:+.1f} % above AdamW's, {verdict} 1 %."
     ]
