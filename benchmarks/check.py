@@ -4,7 +4,7 @@
     python -m benchmarks.check pretraining memory
 
 The same machine and versions give the same losses to the bit; others round otherwise, and training
-carries that on. So each figure has an interval, that of the stored results themselves.
+carries that on. So each figure has an interval, narrower than what one seed differs from another.
 """
 
 import sys
@@ -28,7 +28,9 @@ def rows_of(name, size, folder, display):
     """(cell, figure, stored, found, low, high) of an experiment's expectations."""
     experiment = experiments.load(name)
     cells = experiments.checked(experiment.cells(size))
-    records, _ = experiments.read(folder / name, cells)
+    records, stale = experiments.read(folder / name, cells)
+    if stale:
+        raise SystemExit(f"{name}: {', '.join(stale)} were made with other settings.")
     by_id, results = {cell["id"]: cell for cell in cells}, {}
     expectations = experiment.again(size, cells, records)
     display.start(name, len({e.cell for e in expectations}))
@@ -55,6 +57,8 @@ def main(argv=None):
             rows += rows_of(name, arguments.size, arguments.out, display)
     finally:
         display.stop()
+    if not rows:
+        raise SystemExit("Nothing is stored that could be compared.")
     table = rich.table.Table(title="One cell of each table, run again")
     for heading in ("cell", "figure", "stored", "again", "interval", ""):
         justify = "left" if heading in ("cell", "figure") else "right"
@@ -65,7 +69,8 @@ def main(argv=None):
         wrong += not inside
         table.add_row(cell, label, *map(tables.short, (stored, found)),
                       f"{tables.short(low)} to {tables.short(high)}",
-                      "within" if inside else "OUTSIDE")  # fmt: skip
+                      ("the same" if found == stored else "within") if inside else "OUTSIDE",
+                      )  # fmt: skip
     display.console.print(table)
     return 1 if wrong else 0
 

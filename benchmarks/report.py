@@ -23,7 +23,10 @@ REPRODUCE = """\
     python -m benchmarks.run NAME --data-dir FOLDER
     python -m benchmarks.report
 
-NAME is one of {names}. Finished cells are skipped. To run one cell of each table again and see
+NAME is one of {names}. FOLDER holds GLUE's `CoLA`, `RTE`, `SST-2`
+and `STS-B`, as examples/glue.py reads them, and `text` (zips of plain text). Pre-training's first
+corpus is the source of the standard library, which differs from one Python to the next: each record
+has its fingerprint. Finished cells are skipped. To run one cell of each table again and see
 that its figures land within their intervals:
 
     python -m benchmarks.check --data-dir FOLDER

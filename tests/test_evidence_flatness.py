@@ -138,6 +138,7 @@ def test_worst_rise_of_a_quadratic_is_that_of_the_closed_form(in_float64, rho, r
     first = rho * slope / np.linalg.norm(slope)
     assert few.path[0] == pytest.approx(slope @ first + 0.5 * first @ a @ first)
     assert few.rise == max(few.path)
+    assert few.slope == pytest.approx(rho * np.linalg.norm(slope))
 
 
 def test_random_rise_is_the_mean_curvature(in_float64):
@@ -281,6 +282,7 @@ def stored(factor):
         sharpness *= np.exp(0.01 * rng.normal())
         part = {"loss": 0.1, "largest": sharpness, "smallest": -1.0, "residual": 0.01,
                 "rise": sharpness / 100, "relative_rise": sharpness / 50,
+                "slope": 0.1, "relative_slope": 0.2,
                 "random_rise": 0.0}  # fmt: skip
         records[name] = {"result": {
             "train": part, "test": part, "is_same": True, "differences": {"train_loss": 1e-3},
@@ -322,7 +324,7 @@ def test_findings_follow_the_numbers(tmp_path, monkeypatch, factor, words):
     expectations = flatness.again("cpu", cells, records)
     assert [e.cell for e in expectations] == ["sst2-lorenza_zo-0", "stsb-lorenza_zo-0"]
     for e in expectations:
-        assert e.low < e.value(records[e.cell]["result"]) < e.high < 1.2 * e.low
+        assert e.low < e.value(records[e.cell]["result"]) < e.high < 1.6 * e.low
 
 
 def test_report_has_room_for_runs_that_diverged(tmp_path):  # and draws two tasks

@@ -149,8 +149,13 @@ def test_report_compares_at_each_rank(runs, tmp_path):
     assert (tmp_path / "memory-cpu.png").stat().st_size > 1000
     short, headline, default, sketched = found.findings
     assert "below AdamW's by 50 % and 70 % at rank 8." in short
-    assert "optimizer state it is reached in 2 of 3 cases" in headline
-    assert "peak of the compiled step it is reached in 1 of 3 cases" in headline
+    assert (
+        "optimizer state it is reached by LORENZA in 1 of 2, LORENZA (sketched) in 1 of 1"
+        in headline
+    )
+    assert (
+        "compiled step it is reached by LORENZA in 0 of 2, LORENZA (sketched) in 1 of 1" in headline
+    )
     assert "70.0 %, 3.0 points above: LORENZA (sketched), 7B, rank 8" in headline
     assert "of the defaults 50.0 %, 17.0 points short: LORENZA, 7B, rank 8" in headline
     assert "at rank 8, 50 % less than AdamW's, 108 % more than LoRA's" in default

@@ -106,7 +106,7 @@ def test_from_trials_to_the_report_and_the_ablations(nano, monkeypatch):
     kept["same"] = kept["sign"]._replace(rho_factor=1.0)
     for function in (ablations.cells, ablations.report):
         monkeypatch.setitem(function.__globals__, "VARIANTS", kept)
-    monkeypatch.setattr(ablations_plan, "PLACES", {"cpu": ("a", 0), "full": ("a", 0)})
+    monkeypatch.setattr(ablations_plan, "PLACES", dict.fromkeys(("cpu", "full"), ("a", "b", 0)))
     assert run.main(["ablations", "--out", nano]) == 0
     changed, _ = experiments.read(nano / "ablations", ablations.cells("cpu"))
     assert len(changed) == 4 * 2
@@ -118,7 +118,7 @@ def test_from_trials_to_the_report_and_the_ablations(nano, monkeypatch):
     assert losses.pop("same") == base
     assert len({*losses.values(), base}) == 4
     text = report.build(nano, ["ablations"])
-    assert "| as printed, -rho |" in text
+    assert "| as printed, -rho | LORENZA, zo |" in text
 
 
 def test_each_kind_of_leaf_moves_at_its_own_rate():

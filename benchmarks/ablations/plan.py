@@ -4,16 +4,16 @@ from benchmarks import finetuning, pretraining
 from benchmarks.ablations.variants import VARIANTS
 
 TASKS = ("sst2", "stsb")
-PLACES = {"cpu": ("0.5M", 256), "full": ("60M", 1024)}  # the Llama; the number of examples
+# The Llama, the larger one, the number of examples.
+PLACES = {"cpu": ("0.5M", "1.9M", 256), "full": ("60M", "130M", 1024)}
 
 
 def cells(size):
-    model, examples = PLACES[size]
-    llamas = {
-        (c["method"], c["seed"]): c
-        for c in pretraining.cells(size)
-        if (c["kind"], c["model"], c.get("text")) == ("final", model, "stdlib")
-    }
+    model, larger, examples = PLACES[size]
+    llamas = [
+        c for c in pretraining.cells(size)
+        if c["kind"] == "final" and (c["model"] == larger or c["text"] == "stdlib")
+    ]  # fmt: skip
     berts = {
         (c["method"], c["task"], c["seed"]): c
         for c in finetuning.cells(size)
@@ -21,8 +21,9 @@ def cells(size):
     }
     made = []
     for name, variant in VARIANTS.items():
-        for (method, _), base in llamas.items():
-            if method == variant.pretraining:
+        models = (model, larger) if variant.also_larger else (model,)
+        for base in llamas:
+            if base["method"] == variant.pretraining and base["model"] in models:
                 made.append(_changed(size, base, name, variant, "pretraining"))
     for name, variant in VARIANTS.items():
         for (method, task, _), base in berts.items():

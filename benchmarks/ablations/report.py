@@ -1,16 +1,19 @@
 """The part of RESULTS.md on ablations: each change against the default, question by question."""
 
 import inspect
+import statistics
+from typing import NamedTuple
 
 from matplotlib import pyplot
 
 import glue
 import lorenza_optax
-from benchmarks import experiments, tables
-from benchmarks.ablations import variants
+from benchmarks import experiments, finetuning, pretraining, tables
+from benchmarks.ablations import training, variants
 from benchmarks.ablations.variants import VARIANTS
 
-# What the measurements led to, by question. No change was better beyond noise in both places.
+# What the measurements led to, by question. A default changes where a change is better beyond its
+# interval in one place and not worse in any other.
 DECISIONS = {
     variants.SIGN: "`rho > 0`, an ascent, stays. With the published probe the signs cannot be told "
     "apart. With the exact direction the printed one lowers the loss of these short runs from "
@@ -27,76 +30,146 @@ DECISIONS = {
 }
 ARGUMENTS = ("rho", "mu", "estimator", "num_probes", "ascent", "moment_transport", "proj_type",
              "scale", "factor_dtype", "moment_dtype", "refresh")  # fmt: skip
-PANELS = {  # by experiment: what is compared, whether more of it is better
-    "pretraining": ("validation loss, % above the default's", False),
-    "finetuning": ("points above the default", True),
+LOSS, POINTS = "pretraining", "finetuning"
+PANELS = {
+    LOSS: "validation loss, % above the unchanged run's",
+    POINTS: "points above the unchanged run",
 }
 
 
 def report(size, cells, records, folder):
-    found = _differences(cells, records, folder.parent)
-    spread = _spread(found)
+    found, outdated = _differences(cells, records, folder.parent)
+    tables_of = _Columns(found)
     rows, better, asked = [], [], None
     for name, variant in VARIANTS.items():
-        loss, points = (found.get((name, experiment), []) for experiment in PANELS)
-        if not loss and not points:
+        if name not in found:
             continue
         question = variant.question if variant.question != asked else ""
         asked = variant.question
-        shown = tables.t_interval(loss, "%", 2, spread), tables.t_interval(points, "", 2)
-        rows.append([question, variant.label, *shown])
-        if len(loss) > 1 and tables.t_edges(loss, spread)[1] < 0:
-            better.append(f"{variant.question}: {variant.label} (loss {shown[0]})")
-        if len(points) > 1 and tables.t_edges(points)[0] > 0:
-            better.append(f"{variant.question}: {variant.label} (points {shown[1]})")
+        columns = tables_of.of(name)
+        rows.append([question, variant.label, _base(variant), *(c.shown() for c in columns)])
+        if variant.is_of_default:
+            better += [
+                f"{variant.question}: {variant.label} ({column.title} {column.shown()})"
+                for column in columns
+                if column.is_better()
+            ]
     path = folder / f"changes-{size}.png"
-    _plot(found, path)
+    _plot(tables_of, path)
     helpful = "none helps" if not better else f"these help: {'; '.join(better)}"
     findings = [
-        f"**Defaults.** Of {len(rows)} changes to LORENZA's choices ({size} size), beyond an "
-        f"interval of 95 % {helpful}. (Of forty independent comparisons one does by chance.)"
+        f"**Defaults.** Of {len(rows)} changes ({size} size), those of LORENZA's defaults and "
+        f"beyond an interval of 95 %, {helpful}. (Rows share their unchanged runs, and of forty "
+        "one seems to help by chance.)"
     ]
     body = [
-        "Each row is the tuned run of pre-training (the smaller Llama, standard library; a loss, "
-        "so less is better) and of fine-tuning (SST-2 and STS-B; points, so more is better) "
-        "with one change, against the unchanged run of the same seed, with t intervals of 95 %; "
-        "of losses by the standard deviation that all changes have in common, for two or three "
-        "seeds say little of their own. "
-        "The learning rates are those tuned for the unchanged run, which favours it.",
+        "Each row is a tuned run of pre-training (the loss, in percent; less is better) and of "
+        "fine-tuning (points; more is better) with one change, against the unchanged run of the "
+        "same method, seed and data, with t intervals of 95 %. Two or three seeds say little of "
+        "their own spread: losses go by the standard deviation that all rows of a column have in "
+        "common, points, where some changes fail, by that of their own row, of all tasks about the "
+        "mean of each. The learning rates are those tuned for the unchanged run, which favours it.",
         "",
         f"The defaults are {_defaults()}.",
         "",
-        *tables.markdown(["question", "changed to", "loss", "points"], rows),
+        *tables.markdown(["question", "changed to", "against", *tables_of.titles], rows),
         "",
         f"![Each change](results/{folder.name}/{path.name})",
     ]
-    if DECISIONS:
-        body += ["", "What they led to:", ""]
-        body += [f"- {question}: {text}" for question, text in DECISIONS.items()]
+    if outdated:
+        body += ["", f"Left out, as what they change has been tuned anew: {', '.join(outdated)}."]
+    body += ["", "What they led to:", ""]
+    body += [f"- {question}: {text}" for question, text in DECISIONS.items()]
     return experiments.Section(findings, body)
 
 
 def again(size, cells, records):
-    """The first change in each place: its figure as far off as the changes' own seeds are."""
+    """The first change in each place."""
     expected = {}
     for cell in cells:
-        of_variant = [
-            c for c in cells
-            if c["id"] in records
-            and all(c.get(k) == cell.get(k) for k in ("variant", "experiment", "task", "method"))
-        ]  # fmt: skip
-        place = cell["experiment"]
-        if cell["id"] in records and len(of_variant) > 1 and place not in expected:
-            value = _loss if place == "pretraining" else _score(cell["task"])
-            values = [value(records[c["id"]]["result"]) for c in of_variant]
-            edges = tables.prediction_edges(values)
-            expected[place] = experiments.Expectation(cell["id"], place, value, *edges)
+        if cell["id"] in records:
+            result, experiment = records[cell["id"]]["result"], cell["experiment"]
+            if experiment == LOSS:
+                value, edges = _loss, tables.near(_loss(result), tables.SAME_LOSS)
+            else:
+                value = _score(cell["task"])
+                edges = value(result) - tables.SAME_SCORE, value(result) + tables.SAME_SCORE
+            place = _place(cell)
+            expected.setdefault(place, experiments.Expectation(cell["id"], place[1], value, *edges))
     return list(expected.values())
 
 
-def _spread(found):
-    """Of the losses of all changes."""
-    return tables.pooled(values for (_, place), values in found.items() if place == "pretraining")
+class _Column(NamedTuple):
+    """A change's differences in one place."""
+
+    title: str
+    experiment: str
+    values: list
+    spread: tables.Spread | None  # None for their own
+
+    def shown(self):
+        return tables.t_interval(self.values, "%" * (self.experiment == LOSS), 2, self.spread)
+
+    def edges(self):
+        return tables.t_edges(self.values, self.spread) if len(self.values) > 1 else None
+
+    def is_better(self):
+        if not (edges := self.edges()):
+            return False
+        return edges[1] < 0 if self.experiment == LOSS else edges[0] > 0
+
+    def is_worse(self):
+        mirrored = self._replace(values=[-value for value in self.values])
+        return mirrored.is_better()
+
+
+class _Columns:
+    """Of all changes: a column for each Llama, for each task, and for all tasks together."""
+
+    def __init__(self, found):
+        self._found = found
+        places = list(dict.fromkeys(place for of in found.values() for place in of))
+        self._losses, self._tasks = (
+            [place for place in places if place[0] == experiment] for experiment in (LOSS, POINTS)
+        )
+        self._spreads = {
+            place: tables.pooled(of[place] for of in found.values() if place in of)
+            for place in self._losses
+        }
+
+    def of(self, name):
+        of = self._found.get(name, {})
+        columns = [
+            _Column(f"loss, {place[1]}", LOSS, of.get(place, []), self._spreads[place])
+            for place in self._losses
+        ]
+        tasks = [of.get(place, []) for place in self._tasks]
+        columns += [
+            _Column(place[1], POINTS, values, None)
+            for place, values in zip(self._tasks, tasks, strict=True)
+        ]
+        # An average of tasks counts each alike.
+        whole = len({len(values) for values in tasks}) == 1
+        together = [value for values in tasks for value in values] if whole else []
+        return [*columns, _Column("all tasks", POINTS, together, tables.pooled(tasks))]
+
+    @property
+    def titles(self):
+        return [column.title for column in self.of(None)]
+
+    def of_plot(self, name, experiment):
+        """The smaller Llama, or all tasks."""
+        columns = [column for column in self.of(name) if column.experiment == experiment]
+        return columns[0 if experiment == LOSS else -1] if columns else None
+
+
+def _place(cell):
+    key = "model" if cell["experiment"] == LOSS else "task"
+    return cell["experiment"], cell[key]
+
+
+def _base(variant):
+    return tables.NAMES[variant.pretraining or variant.fine_tuning]
 
 
 def _loss(result):
@@ -109,20 +182,27 @@ def _score(task):
 
 
 def _differences(cells, records, results):
-    """{(variant, experiment): differences from the unchanged runs, one for each seed and task}."""
-    found = {}
+    """({variant: {place: differences from the unchanged runs}}, [cells made at other rates])."""
+    found, outdated, bases = {}, [], {}
+    for module in (pretraining, finetuning):
+        experiment = module.__name__.rpartition(".")[2]
+        bases[experiment], _ = experiments.read(
+            results / experiment, module.cells(cells[0]["size"])
+        )
     for cell in cells:
-        base = experiments.path_of(results / cell["experiment"], {"id": cell["base"]})
-        if cell["id"] not in records or not base.exists():
+        base = bases[cell["experiment"]].get(cell["base"])
+        if cell["id"] not in records or base is None:
             continue
-        ours, theirs = records[cell["id"]]["result"], experiments.load_record(base)["result"]
-        if (difference := _difference(cell, ours, theirs)) is not None:
-            found.setdefault((cell["variant"], cell["experiment"]), []).append(difference)
-    return found
+        ours, theirs = records[cell["id"]]["result"], base["result"]
+        if training.rates(cell, theirs) != {key: ours[key] for key in training.rates(cell, theirs)}:
+            outdated.append(cell["id"])
+        elif (difference := _difference(cell, ours, theirs)) is not None:
+            found.setdefault(cell["variant"], {}).setdefault(_place(cell), []).append(difference)
+    return found, outdated
 
 
 def _difference(cell, result, base):
-    if cell["experiment"] == "pretraining":
+    if cell["experiment"] == LOSS:
         ours, theirs = result["validation_loss"], base["validation_loss"]
         return None if None in (ours, theirs) else 100 * (ours / theirs - 1)
     name = glue.TASKS[cell["task"]].metrics[0]
@@ -135,24 +215,21 @@ def _defaults():
     return ", ".join(f"`{name}={of[name].default!r}`" for name in ARGUMENTS)
 
 
-def _plot(found, path):
+def _plot(columns, path):
     figure, panels = pyplot.subplots(
         1, 2, figsize=(12, 1 + 0.25 * len(VARIANTS)), layout="constrained", sharey=True
     )
-    names, spread = list(reversed(VARIANTS)), _spread(found)
-    for axes, (experiment, (title, more_is_better)) in zip(panels, PANELS.items(), strict=True):
+    names = list(reversed(VARIANTS))
+    for axes, (experiment, title) in zip(panels, PANELS.items(), strict=True):
         axes.axvline(0, color="gray", linewidth=1)
         for row, name in enumerate(names):
-            if values := found.get((name, experiment)):
-                common = spread if experiment == "pretraining" else None
-                low, high = (values[0],) * 2
-                if len(values) > 1:
-                    low, high = tables.t_edges(values, common)
-                good = low > 0 if more_is_better else high < 0
-                bad = high < 0 if more_is_better else low > 0
-                color = "C2" if good else "C3" if bad else "C0"
-                axes.plot([low, high], [row, row], color=color)
-                axes.plot(sum(values) / len(values), row, "o", color=color)
+            column = columns.of_plot(name, experiment)
+            if column is None or not column.values:
+                continue
+            mean = statistics.fmean(column.values)
+            color = "C2" if column.is_better() else "C3" if column.is_worse() else "C0"
+            axes.plot(column.edges() or (mean, mean), [row, row], color=color)
+            axes.plot(mean, row, "o", color=color)
         # Wide intervals of few seeds would hide the rest.
         axes.set_xscale("symlog", linthresh=1.0)
         axes.set_xlabel(title)

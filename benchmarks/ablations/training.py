@@ -6,18 +6,25 @@ from benchmarks.pretraining.training import train
 
 
 def run(cell, display, needed):
-    base = base_result(cell)
     changed = {**cell, "arguments": {**cell.get("arguments", {}), **cell["changes"]}}
+    of = rates(cell, base_result(cell))
     if cell["experiment"] == "pretraining":
-        rates = {key: base[key] for key in ("matrices_rate", "others_rate")}
-        rates["matrices_rate"] *= cell["rate_factor"]
         changed["rho"] *= cell["rho_factor"]
-        return train(changed, rates, display).result
-    rates = {
+        return train(changed, of, display).result
+    return fine_tune(changed, of, display)
+
+
+def rates(cell, base):
+    """What was tuned for the unchanged run, with the cell's change of it."""
+    if cell["experiment"] == "pretraining":
+        return {
+            "matrices_rate": base["matrices_rate"] * cell["rate_factor"],
+            "others_rate": base["others_rate"],
+        }
+    return {
         "learning_rate": base["learning_rate"] * cell["rate_factor"],
         "rho": base["rho"] * cell["rho_factor"],
     }
-    return fine_tune(changed, rates, display)
 
 
 def base_result(cell):

@@ -11,6 +11,12 @@ class Variant(NamedTuple):
     rate_factor: float = 1.0  # of the matrices' learning rate; in fine-tuning of the only one
     pretraining: str = "lorenza"  # the methods that are changed; "" for none
     fine_tuning: str = "lorenza_zo"
+    also_larger: bool = False  # whether pre-training's larger Llama is asked, too
+
+    @property
+    def is_of_default(self):
+        """Whether it is LORENZA with its defaults that is changed."""
+        return self.pretraining in ("lorenza", "") and self.fine_tuning in ("lorenza_zo", "")
 
 
 def _only_pretraining(question, label, **rest):
@@ -34,7 +40,7 @@ VARIANTS = {
         SIGN, '-rho, ascent="subspace"', None, -1.0,
         pretraining="lorenza_subspace", fine_tuning="lorenza_subspace",
     ),
-    "rho0": Variant(RADIUS, "0", rho_factor=0.0),
+    "rho0": Variant(RADIUS, "0", rho_factor=0.0, also_larger=True),
     "rho_third": Variant(RADIUS, "rho / 3", rho_factor=1 / 3),
     "rho_3": Variant(RADIUS, "3 rho", rho_factor=3.0),
     "rho_10": Variant(RADIUS, "10 rho", rho_factor=10.0),
@@ -63,7 +69,9 @@ VARIANTS = {
     "momentum": Variant(ASCENT, '"momentum"', {"ascent": "momentum"}),
     "signed_momentum": Variant(ASCENT, '"signed_momentum"', {"ascent": "signed_momentum"}),
     "subspace": _only_pretraining(ASCENT, '"subspace"', changes={"ascent": "subspace"}),
-    "rotate": Variant(TRANSPORT, '"rotate"', {"moment_transport": "rotate"}),
+    "rotate": Variant(
+        TRANSPORT, '"rotate"', {"moment_transport": "rotate"}, also_larger=True
+    ),
     "reset": Variant(TRANSPORT, '"reset"', {"moment_transport": "reset"}),
     "reverse_std": Variant(SIDE, '"reverse_std"', {"proj_type": "reverse_std"}),
     "left": _only_pretraining(SIDE, '"left"', changes={"proj_type": "left"}),

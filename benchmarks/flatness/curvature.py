@@ -30,6 +30,7 @@ class Rise(NamedTuple):
     centre: float  # the loss there
     rise: float  # the worst loss seen, minus that at the centre
     path: list[float]  # the rise after each step
+    slope: float  # rho times the gradient's norm: the rise of a loss without curvature
 
 
 def relative_scale(params):
@@ -80,6 +81,7 @@ def worst_rise(loss, params, batches, rho, steps, scale=None):
     at = _At(loss, params, scale)
     u_P, path = jnp.zeros_like(at.centre_P), []
     centre, gradient_P = at.value_and_gradient(u_P, batches)
+    slope = rho * float(jnp.linalg.norm(gradient_P))
     for step in range(steps):
         u_P = _ascend(u_P, gradient_P, rho)
         if step < steps - 1:
@@ -87,7 +89,7 @@ def worst_rise(loss, params, batches, rho, steps, scale=None):
         else:
             value = at.value(u_P, batches)
         path.append(float(value - centre))
-    return Rise(float(centre), max(path), path)
+    return Rise(float(centre), max(path), path, slope)
 
 
 def random_rise(loss, params, batches, rho, directions, key, scale=None):

@@ -71,7 +71,11 @@ def headline(by_kind):
             words.append(f"flatness {score[0]}")
         if words:
             parts.append(f"in {TITLES[kind].lower()}, {' and '.join(words)}")
-    return [f"Flatness of the minima, on training examples: {'; '.join(parts)}."] if parts else []
+    return (
+        [f"**Flatness** of the final models, on training examples: {'; '.join(parts)}."]
+        if parts
+        else []
+    )
 
 
 def of_kind(kind, size, here):

@@ -86,8 +86,10 @@ def _measured(cell, subject, data, display, part):
         **spectrum._asdict(),
         "rise": worst.rise,
         "rise_path": worst.path,
+        "slope": worst.slope,
         "relative_rise": adaptive.rise,
         "relative_rise_path": adaptive.path,
+        "relative_slope": adaptive.slope,
         "random_rise": curvature.random_rise(
             *about, cell["rho"], cell["random_directions"], key
         ),

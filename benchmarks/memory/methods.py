@@ -94,6 +94,8 @@ METHODS = {
     "galore": _low_rank("GaLore", methods.galore),
     "galore_randomized": _low_rank("GaLore (randomized SVD)", methods.galore,
                                    subspace="randomized_svd"),
+    # GaLore as LORENZA would refresh it: what sketches save, without the perturbation.
+    "galore_sketch": _lorenza("GaLore (sketched)", rho=0.0, **SKETCH),
     "galore_optax": Method("GaLore of Optax", _optax_galore, optimizers.call_with_gradient,
                            scanned=False),
     "lorenza": _lorenza("LORENZA"),

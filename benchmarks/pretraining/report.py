@@ -44,34 +44,17 @@ def again(size, cells, records):
         ours, theirs = (np.median(result["seconds"][m]) for m in ("lorenza", "adamw"))
         return ours / theirs
 
-    found = {}
+    figures = {"race": ("time, of AdamW's", ratio, 0.5)}  # of small programs on a busy machine
+    expected = {}
     for cell in cells:
         key = cell["kind"], cell.get("swept")
-        # As wide as LORENZA's seeds say, also for the sweeps, which have but two.
-        if cell["id"] in records and cell.get("method", "lorenza") == "lorenza":
-            found.setdefault(key, []).append(cell)
-    seeds = [c for c in found.get(("final", None), []) if c["model"] == _first(cells)["model"]
-             and c["text"] == _first(cells)["text"]]  # fmt: skip
-    if len(seeds) < 2:
-        return []
-    low, high = tables.prediction_edges([loss(records[c["id"]]["result"]) for c in seeds])
-    expected = []
-    for (kind, _), [cell, *_] in found.items():
-        stored = records[cell["id"]]["result"]
-        if kind == "race":
-            # Times of small programs on a busy machine.
-            edges = ratio(stored) / 1.5, ratio(stored) * 1.5
-            expected.append(experiments.Expectation(cell["id"], "time, of AdamW's", ratio, *edges))
-        elif kind != "tuning":
-            half = (high - low) / 2
-            edges = loss(stored) - half, loss(stored) + half
-            expected.append(experiments.Expectation(cell["id"], "validation loss", loss, *edges))
-    return expected
-
-
-def _first(cells):
-    """Tuning's: the smaller model and the standard library."""
-    return cells[0]
+        is_ours = cell["kind"] != "tuning" and cell.get("method", "lorenza") == "lorenza"
+        if is_ours and cell["id"] in records and key not in expected:
+            other = "validation loss", loss, tables.SAME_LOSS
+            label, value, share = figures.get(cell["kind"], other)
+            edges = tables.near(value(records[cell["id"]]["result"]), share)
+            expected[key] = experiments.Expectation(cell["id"], label, value, *edges)
+    return list(expected.values())
 
 
 def _explanation(cell):

@@ -52,18 +52,23 @@ def findings(found):
 
 def of_cost(found):
     """Over the sizes of the races."""
-    names = ("sam", "galore", *OURS)
-    flops = _over_sizes(found.points(found.flops, "race"), names,
-                        lambda at, name: at[name]["step"] / at["adamw"]["step"])  # fmt: skip
+    names, counted = ("sam", "galore", *OURS), found.points(found.flops, "race")
+    flops = _over_sizes(counted, names, lambda at, name: at[name]["step"] / at["adamw"]["step"])
     times = _over_sizes(
         found.points(found.times, "race"), names,
         lambda at, name: ratio(at[name]["seconds"], at["adamw"]["seconds"]).median,
     )  # fmt: skip
-    if times and flops:
-        return [f"A step takes, in AdamW's time, {times}; and in AdamW's FLOPs {flops}"]
-    if times or flops:
-        return [f"A step takes, in AdamW's {'time' if times else 'FLOPs'}, {times or flops}"]
-    return []
+    parts = []
+    if times:
+        parts.append(f"in AdamW's time {times}")
+    if flops:
+        more = _over_sizes(counted, OURS[:1], _refresh)
+        parts.append(f"in AdamW's FLOPs {flops}; a refresh adds {more.rpartition('= 0 ')[2]}")
+    return [f"Between refreshes a step takes {'; and '.join(parts)}"] if parts else []
+
+
+def _refresh(at, name):
+    return (at[name]["refresh_step"] - at[name]["step"]) / at["adamw"]["step"]
 
 
 def _over_sizes(points, names, value):
