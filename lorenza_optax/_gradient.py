@@ -13,6 +13,7 @@ from lorenza_optax._checks import value_at
 from lorenza_optax._directions import Directions, Probe
 from lorenza_optax._landscape import Displacement, Landscape, Subspaces
 from lorenza_optax._mesh import mark_varying
+from lorenza_optax._paths import leaves_by_path
 
 __all__ = [
     "AdaptiveAscentState",
@@ -262,6 +263,5 @@ class SubspaceGradients(NamedTuple):
 
 def like_params(gradient: Mapping[str, jax.Array], params: Any) -> Any:
     """A gradient by path as a tree like the parameters, in their dtypes."""
-    leaves = [g.astype(p.dtype) for g, p in zip(gradient.values(), jax.tree.leaves(params),
-                                                strict=True)]  # fmt: skip
+    leaves = [gradient[path].astype(leaf.dtype) for path, leaf in leaves_by_path(params).items()]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)

@@ -115,21 +115,21 @@ def landscape(
       noisy: Whether moves of ``full_paths`` are :class:`Noise`.
       has_aux: Whether ``loss`` returns auxiliary output too.
     """
-    treedef = jax.tree.structure(params)
+    treedef, arrays = jax.tree.structure(params), leaves_by_path(params)
     views, projectors = subspaces.views, subspaces.projectors
     seen: Materialized = {}
 
     def checked(leaves: Arrays) -> Any:
-        result = loss(jax.tree.unflatten(treedef, list(leaves.values())))
+        # By path: what has been through a transformation of jax is sorted by its keys.
+        result = loss(jax.tree.unflatten(treedef, [leaves[path] for path in arrays]))
         check_scalar(result, has_aux)
         return result
 
-    arrays = leaves_by_path(params)
     # Along pieces of vectors nothing is displaced, so such leaves need not be wide.
     cut = any(view.granularity != 1 for view in views.values())
     if cut or not (noisy or (views and keep_factored)):
-        arrays = _wide_enough(checked, arrays, full_paths | frozenset(() if cut else views))
-        return Landscape(_plain_evaluation(checked, arrays, subspaces), arrays, seen, has_aux)
+        wide = _wide_enough(checked, arrays, full_paths | frozenset(() if cut else views))
+        return Landscape(_plain_evaluation(checked, wide, subspaces), wide, seen, has_aux)
 
     traced, rebuild = _trace(checked, arrays)
     narrow = {path for path in views if jnp.finfo(arrays[path].dtype).bits < 32}
@@ -157,7 +157,8 @@ def landscape(
         products: Mapping[str, tuple[jax.Array, jax.Array]] | None = None,
     ) -> Any:
         args = []
-        for path, leaf in leaves.items():
+        for path in arrays:
+            leaf = leaves[path]
             if isinstance(noise := move.full.get(path), Noise):
                 # Of a narrow leaf no wide copy is needed.
                 base = arrays[path] if leaves is wide else leaf

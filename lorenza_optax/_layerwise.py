@@ -181,7 +181,8 @@ def layerwise(
         rebuild = jax.tree.structure(gradients).unflatten
         given, stage_state = leaves_by_path(gradients), state.gradient_transform
         if gradient_transform is not None:
-            seen = rebuild(of_active(masked, given, like=given).values())
+            of_trained = of_active(masked, given, like=given)
+            seen = rebuild([of_trained[path] for path in given])
             changed, stage_state = stage.update(seen, stage_state, params, **extra_args)
             given = leaves_by_path(changed)
         parts = (of_active(gathered, given, like=stacked), {path: given[path] for path in rest})
