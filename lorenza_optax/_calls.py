@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lorenza_optax._paths import has_masked_nodes
+from lorenza_optax._paths import has_masked_nodes, leaves_by_path
 
-__all__ = ["check_call", "check_scalar", "is_given", "wrapper_around"]
+__all__ = ["check_call", "check_scalar", "check_shapes", "is_given", "wrapper_around"]
 
 INSTEAD = (
     "take the gradient outside with lorenza_optax.perturbed_value_and_grad(value_fn, ...)"
@@ -43,6 +43,18 @@ def check_call(updates: Any, params: Any, value_fn: Any) -> None:
     if params is None:
         raise ValueError("update(..., value_fn=...) needs params: the point to perturb.")
     _refuse_in_wrappers(params)
+
+
+def check_shapes(leaves: Mapping[str, Any], gradients: Any) -> None:
+    """Raises unless gradients have the shapes of the leaves of a plan."""
+    expected = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    found = {path: tuple(jnp.shape(g)) for path, g in leaves_by_path(gradients).items()}
+    for path in [*expected, *found]:
+        if expected.get(path) != found.get(path):
+            raise ValueError(
+                f"The gradient has {found.get(path, 'nothing')} for leaf {path!r}, where the"
+                f" parameters have {expected.get(path, 'nothing')}."
+            )
 
 
 def _refuse_in_wrappers(params: Any) -> None:

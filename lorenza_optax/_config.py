@@ -137,6 +137,11 @@ class LowRankConfig:
                 "stagger=True spreads refreshes from a full gradient: pass refresh='gradient' too."
                 " A refresh from sketches is cheap for all leaves at once."
             )
+        if self.gradient_transform is not None and self.refresh == "sketch":
+            raise ValueError(
+                "gradient_transform takes the full gradient at every update, and refresh='sketch'"
+                " is there to form none: pass refresh='gradient' too."
+            )
         if self.stagger and self.moment_transport != "keep":
             raise ValueError(
                 "stagger=True refreshes a few matrices at a time, and"
@@ -177,6 +182,16 @@ class LowRankConfig:
             or self.stagger
             or self.displacement is not None
         )
+
+    def check_accumulates(self) -> None:
+        """Raises if gradients in the subspaces are not enough for an update."""
+        if self.looks_outside:
+            raise ValueError(
+                "This method needs the full gradient at every update, because of its rule for what"
+                " is outside the subspace, of gradient_transform, stagger or displacement. Sum full"
+                " gradients instead, of jax.value_and_grad or perturbed_value_and_grad, or use"
+                " optax.MultiSteps."
+            )
 
     @property
     def needs_full_gradient(self) -> bool:

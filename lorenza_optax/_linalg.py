@@ -128,6 +128,8 @@ def _largest(matrix: jax.Array) -> jax.Array:
 def _check(matrix: jax.Array, rank: int) -> None:
     if matrix.ndim != 2:
         raise ValueError(f"matrix must have 2 dimensions, got shape {matrix.shape}; use jax.vmap.")
+    if not jnp.issubdtype(matrix.dtype, jnp.floating):
+        raise TypeError(f"matrix must have a real float dtype, got {matrix.dtype}.")
     if not 1 <= rank <= min(matrix.shape):
         raise ValueError(
             f"rank must be between 1 and min(m, n) = {min(matrix.shape)} for a matrix of shape"
@@ -170,7 +172,7 @@ def randomized_svd(
     decomposition of the matrix itself.
 
     Args:
-      matrix: The matrix G, shape (m, n), any float dtype; computed in at least float32.
+      matrix: The matrix G, shape (m, n), any real float dtype; computed in at least float32.
       rank: Number r of triplets, 1 to min(m, n).
       key: A PRNG key for the sketch.
       oversampling: Extra sketch columns p; r + p is cut at min(m, n).

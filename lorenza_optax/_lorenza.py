@@ -237,11 +237,13 @@ def lorenza(
         the next update on, and the first three updates all refresh. A refresh from a gradient
         that is given to ``update`` is always of the first kind.
       stagger: Spreads refreshes over the T updates after the first, a few matrices at each;
-        needs ``refresh="gradient"``, and takes a full gradient at every update.
+        needs ``refresh="gradient"``, and takes a full gradient at every update. Matrices whose
+        turn falls on a skipped update wait for the next interval.
       factored_updates: Leaves updates of projected leaves as products, for
         :func:`apply_updates`, which adds them in place.
       gradient_transform: An Optax transformation applied to the gradient before it is
-        projected, such as ``optax.clip_by_global_norm(1.0)``.
+        projected, such as ``optax.clip_by_global_norm(1.0)``. It sees all of the gradient,
+        which is then formed at every update.
       factor_dtype: Dtype in which Q and R are kept; None for that of the parameters.
       moment_dtype: "float32" (also None), or rounded stochastically "bfloat16" or "int8": 8-bit
         codes with a scale for each 256 entries; arrays of fewer than 4096 stay float32.

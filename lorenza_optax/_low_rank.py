@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorenza_optax._calls import check_call, is_given
+from lorenza_optax._calls import check_call, check_shapes, is_given
 from lorenza_optax._checks import value_at
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._fit import check_same_tree
@@ -92,12 +92,15 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
             )
             source = lambda given, _: (given[0], {}, given[1])  # noqa: E731
         elif in_subspaces:
+            config.check_accumulates()
             _check_gradients(plan, updates)
             arrays = list(updates)
             source = lambda g, state: (prepare_low(config, plan, g[0], g[1], state), {}, None)  # noqa: E731
         else:
             arrays = updates
-            if value_fn is not None:
+            if value_fn is None:
+                check_shapes(plan.leaves, updates)
+            else:
                 around = surroundings_of(config, plan, state)
                 arrays, ascent_state = full_gradient_in_update(
                     config.ascent, around, state, params, value_fn, extra_args

@@ -18,6 +18,7 @@ from lorenza_optax._landscape import Displacement, Subspaces
 from lorenza_optax._mesh import in_auto_mode
 from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._perturbed import surroundings_of_states
+from lorenza_optax._plan import shape_and_dtype
 from lorenza_optax._state import LowRankState
 from lorenza_optax._subspace import lift
 
@@ -106,7 +107,8 @@ def momentum_sam(
 
     def init(params: Any) -> MomentumSamState:
         for path, leaf in leaves_by_path(params).items():
-            if jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32:
+            _, dtype = shape_and_dtype(path, leaf)
+            if jnp.finfo(dtype).bits < 32:
                 raise ValueError(
                     f"momentum_sam keeps its perturbation in the parameters, and leaf {path!r} is"
                     f" {leaf.dtype}, in which it would be rounded away. Keep float32 parameters"
@@ -118,7 +120,7 @@ def momentum_sam(
         return MomentumSamState(state, jnp.zeros((), jnp.int32), _radius(0))
 
     def _radius(count: Any) -> jax.Array:
-        return jnp.asarray(value_at(rho, count), jnp.float32)
+        return jnp.array(value_at(rho, count), jnp.float32)  # not that of a wrapper's own state
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any

@@ -28,7 +28,7 @@ from lorenza_optax._selection import (
 )
 from lorenza_optax._tables import format_table
 
-__all__ = ["LeafPlan", "ProjectionPlan", "Stack", "projection_plan"]
+__all__ = ["LeafPlan", "ProjectionPlan", "Stack", "projection_plan", "shape_and_dtype"]
 
 LARGE = 2**20  # entries of a matrix that is worth a turn of its own
 
@@ -138,6 +138,17 @@ class ProjectionPlan:
                 " weight_dimension_numbers to project them.",
                 stacklevel=4,
             )
+        uncut = [
+            f"{leaf.path} ({leaf.reason})"
+            for leaf in self.others.values()
+            if "cannot be cut" in leaf.reason
+        ]
+        if uncut:
+            warnings.warn(
+                "Leaves run the inner optimizer in full, because the granularity does not fit"
+                f" them: {', '.join(uncut)}. Choose one that divides their sides.",
+                stacklevel=4,
+            )
         if self.leaves and not self.projected:
             reasons = sorted({leaf.reason for leaf in self.others.values()})
             warnings.warn(
@@ -226,7 +237,7 @@ def projection_plan(
     ranks = ranks_by_path(rank, params, arrays)
     leaves = {}
     for path, array in arrays.items():
-        shape, dtype = _shape_and_dtype(path, array)
+        shape, dtype = shape_and_dtype(path, array)
         if numbers is None:
             chosen, reason = default_choice(path, shape)
         else:
@@ -253,7 +264,8 @@ def projection_plan(
     return ProjectionPlan(leaves)
 
 
-def _shape_and_dtype(path: str, array: Any) -> tuple[tuple[int, ...], jnp.dtype]:
+def shape_and_dtype(path: str, array: Any) -> tuple[tuple[int, ...], jnp.dtype]:
+    """Those of a leaf, if it can be trained."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         array = jnp.asarray(array)
     if not jnp.issubdtype(array.dtype, jnp.floating):

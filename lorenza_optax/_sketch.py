@@ -43,7 +43,11 @@ def random_projectors(
     for _, k, r in shapes.values():
         if (k, r) not in bases:
             bases[k, r] = orthonormal(noise[:k, :r])
-    return {path: jnp.broadcast_to(bases[k, r], (*b, k, r)) for path, (b, k, r) in shapes.items()}
+    # Copies: one array in two leaves of a state could not be donated.
+    return {
+        path: jnp.array(jnp.broadcast_to(bases[k, r], (*b, k, r)))
+        for path, (b, k, r) in shapes.items()
+    }
 
 
 def sketch_rows(rows: Arrays, projectors: Arrays, key: jax.Array) -> dict[str, jax.Array]:

@@ -203,7 +203,7 @@ def complete(
                 prepared.low,
                 inner_low,
                 state.residual,
-                state.count - state.skipped + 1,
+                jnp.asarray(optax.safe_increment(state.count - state.skipped)),
                 prepared.refreshed | prepared.changed,
                 step_key(state.ascent.seed, state.count, RESIDUAL),
                 scale,

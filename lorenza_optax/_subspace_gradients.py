@@ -16,6 +16,7 @@ from lorenza_optax._fit import check_same_tree
 from lorenza_optax._gradient import SubspaceGradients, full_gradient, low_rank_gradient
 from lorenza_optax._in_update import perturbed_landscape, surroundings_of
 from lorenza_optax._mesh import in_auto_mode
+from lorenza_optax._momentum_sam import MomentumSamState
 from lorenza_optax._paths import leaves_by_path
 from lorenza_optax._plan import ProjectionPlan
 from lorenza_optax._random_subspace import closed, opened
@@ -146,6 +147,7 @@ def subspace_value_and_grad(
         params: Any, *args: Any, opt_state: Any, **kwargs: Any
     ) -> tuple[Any, SubspaceGradients, Any]:
         refuse_wrapped(opt_state)
+        _refuse_held(opt_state)
         states = list(find_states(opt_state).values())
         if len(states) != 1 or not isinstance(states[0], LowRankState):
             raise ValueError(
@@ -186,6 +188,18 @@ def subspace_value_and_grad(
     return value_and_grad
 
 
+def _refuse_held(opt_state: Any) -> None:
+    """Raises where the parameters hold a perturbation in subspaces that would be exchanged here."""
+    is_holding = lambda node: isinstance(node, MomentumSamState)  # noqa: E731
+    for node in filter(is_holding, jax.tree.leaves(opt_state, is_leaf=is_holding)):
+        find_states(node)
+        raise ValueError(
+            "momentum_sam keeps its perturbation in the parameters, in the subspaces of the last"
+            " update, which subspace_value_and_grad may exchange. Give update full gradients, or"
+            " use lorenza(..., ascent='momentum') without momentum_sam."
+        )
+
+
 def _config_of(transformation: Any, arguments: dict[str, Any]) -> LowRankConfig:
     """The choices that a transformation was made with, or that the arguments are."""
     if transformation is None:
@@ -214,13 +228,7 @@ def _config_of(transformation: Any, arguments: dict[str, Any]) -> LowRankConfig:
             "This method takes no gradients: call update(None, state, params, value_fn=loss) with"
             " a loss that is the mean over all micro-batches."
         )
-    if config.looks_outside:
-        raise ValueError(
-            "This method needs the full gradient at every update, because of its rule for what is"
-            " outside the subspace, of gradient_transform, stagger or displacement. Sum full"
-            " gradients instead, of jax.value_and_grad or perturbed_value_and_grad, or use"
-            " optax.MultiSteps."
-        )
+    config.check_accumulates()
     return config
 
 

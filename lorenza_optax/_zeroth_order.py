@@ -107,8 +107,9 @@ def zeroth_order_gradient(
             others[path] = plus_noise(zeros, noise)
         noises = {}
     prepared = prepare_low(config, plan, low, others, state)
-    # Gaussians are finite: to look at them all would keep them all in memory.
-    prepared = prepared._replace(usable=jnp.all(jnp.isfinite(slopes)), noises=noises)
+    # Gaussians are finite and below 10: to look at them all would keep them all in memory.
+    usable = jnp.isfinite(100 * jnp.sum(jnp.square(slopes)))
+    prepared = prepared._replace(usable=usable, noises=noises)
     size = jnp.sqrt(jnp.mean(jnp.square(slopes))).astype(jnp.float32)
     size = jnp.where(jnp.isfinite(size), size, 0)
     new = after_ascent(state.ascent, value, size, jnp.zeros((), bool))

@@ -21,6 +21,8 @@ from lorenza_optax._gradient import (
 )
 from lorenza_optax._in_update import full_gradient_in_update
 from lorenza_optax._low_rank import low_rank
+from lorenza_optax._paths import leaves_by_path
+from lorenza_optax._plan import shape_and_dtype
 from lorenza_optax._surroundings import of_state
 
 __all__ = ["ZoSamState", "adazo_sam", "ascent_stage", "zo_sam_perturbation"]
@@ -121,7 +123,8 @@ def ascent_stage(
     """
 
     def init(params: Any) -> ZoSamState:
-        del params
+        for path, leaf in leaves_by_path(params).items():
+            shape_and_dtype(path, leaf)  # or raises
         return ZoSamState(jnp.zeros((), jnp.int32), initial())
 
     def update(

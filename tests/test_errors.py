@@ -177,3 +177,100 @@ def test_an_ascent_along_moments_that_are_not_kept(ascent):
 def test_bad_arguments_of_the_family(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_gradients_that_are_not_of_the_parameters():
+    params = {"kernel": jnp.ones((16, 12)), "bias": jnp.ones(12)}
+    tx = lorenza(1e-3, rank=4)
+    state = tx.init(params)
+    for kernel, found in ((jnp.ones((12, 16)), r"\(12, 16\)"), (None, "nothing")):
+        with pytest.raises(ValueError, match=rf"has {found} for leaf 'kernel', .*\(16, 12\)"):
+            tx.update({"kernel": kernel, "bias": jnp.ones(12)}, state, params)
+    with pytest.raises(ValueError, match="'more', where the parameters have nothing"):
+        tx.update({**params, "more": jnp.ones(3)}, state, params)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: zo_sam_perturbation(),
+        lambda: lorenza_optax.methods.sam(),
+        lambda: lorenza_optax.methods.asam(),
+        lambda: lorenza_optax.momentum_sam(optax.sgd(1e-3)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32])
+def test_stages_name_leaves_that_have_no_ascent(make, dtype):
+    with pytest.raises(TypeError, match=r"Leaf 'a/b' has dtype.*must be real floats"):
+        make().init({"a": {"b": jnp.ones(3, dtype)}})
+
+
+def test_stages_of_the_gradient_are_not_passed_by():
+    """Clipping, turns and what looks outside need all of the gradient, which sums lack."""
+    clip = optax.clip_by_global_norm(1e-6)
+    with pytest.raises(ValueError, match="gradient_transform takes the full gradient.*'gradient'"):
+        lorenza(1e-3, rank=4, refresh="sketch", gradient_transform=clip)
+    params = {"kernel": jnp.ones((16, 12))}
+    plain = lorenza(1e-3, rank=4, rho=0.0)
+    value_and_grad = lorenza_optax.subspace_value_and_grad(
+        lambda p: jnp.sum(p["kernel"] ** 2), rank=4, rho=0.0
+    )
+    for tx in (
+        lorenza(1e-3, rank=4, gradient_transform=clip),
+        lorenza(1e-3, rank=4, stagger=True),
+        lorenza_plus(1e-3, rank=4),
+    ):
+        _, gradients, _ = value_and_grad(params, opt_state=plain.init(params))
+        with pytest.raises(ValueError, match="needs the full gradient at every update"):
+            tx.update(gradients, tx.init(params), params)
+
+
+def test_a_perturbation_in_the_parameters_outlives_no_subspace():
+    params = {"kernel": jnp.ones((16, 12))}
+    tx = lorenza_optax.momentum_sam(lorenza(1e-3, rank=4))
+    value_and_grad = lorenza_optax.subspace_value_and_grad(lambda p: 0.0, rank=4)
+    with pytest.raises(ValueError, match="momentum_sam keeps its perturbation in the parameters"):
+        value_and_grad(params, opt_state=tx.init(params))
+
+
+def test_states_can_be_donated_after_an_eager_init():
+    params = {"a": jnp.ones((12, 16)), "b": jnp.ones((12, 16))}
+    for tx in (
+        lorenza(1e-3, rank=2, refresh="sketch"),
+        optax.inject_hyperparams(lorenza_optax.momentum_sam)(optax.adam(0.1), rho=0.05),
+    ):
+        leaves = jax.tree.leaves(tx.init(params))
+        buffers = [leaf.unsafe_buffer_pointer() for leaf in leaves if isinstance(leaf, jax.Array)]
+        assert len(set(buffers)) == len(buffers)
+
+
+def test_matrices_that_the_granularity_does_not_divide_are_named():
+    params = {"a": jnp.ones((64, 64)), "b": jnp.ones((24, 24))}
+    with pytest.warns(UserWarning, match=r"granularity does not fit them: b \(vectors of 24"):
+        lorenza_optax.methods.vlorp(1e-3, rank=2, granularity=16).init(params)
+
+
+def test_complex_matrices_are_not_decomposed():
+    with pytest.raises(TypeError, match="real float dtype, got complex64"):
+        lorenza_optax.randomized_svd(jnp.ones((6, 6), jnp.complex64), 2, jax.random.key(0))
+
+
+def test_one_huge_loss_does_not_end_mezo():
+    params = {"kernel": jnp.ones((6, 5))}
+    tx = lorenza_optax.methods.mezo(1e-3, variant="adam")
+    state = tx.init(params)
+    for factor in (1.0, 1e21, 1.0):
+        loss = lambda p, f=factor: f * jnp.sum((p["kernel"] - 2) ** 2)  # noqa: E731
+        updates, state = tx.update(None, state, params, value_fn=loss)
+        assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state))
+    assert jnp.any(updates["kernel"] != 0)
+
+
+@pytest.mark.parametrize("name", ["cosmos", "projfactor"])
+def test_a_count_at_its_end_stays_there(name):
+    params = {"kernel": jnp.ones((16, 12))}
+    tx = getattr(lorenza_optax.methods, name)(1e-3, rank=2)
+    last = jnp.iinfo(jnp.int32).max
+    state = optax.tree.set(tx.init(params), count=jnp.asarray(last, jnp.int32))
+    updates, _ = tx.update(params, state, params)
+    assert bool(jnp.all(jnp.isfinite(updates["kernel"])))

@@ -123,7 +123,7 @@ WRAPPERS = {
         {
             "value_fn": "leave it out, or use lorenza",
             "perturbed_value_and_grad": None,
-            "subspace_value_and_grad": None,
+            "subspace_value_and_grad": "momentum_sam keeps its perturbation in the parameters",
             "momentum_sam": "-",
         },
     ),
