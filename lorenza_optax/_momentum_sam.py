@@ -62,10 +62,10 @@ def momentum_sam(
     of ``lorenza(..., ascent="momentum")`` with ``value_fn``, but for round-off.
 
     It must come last in a chain: a stage behind it would change the perturbation too. Gradients of
-    :func:`subspace_value_and_grad`, which may exchange the subspaces, do not go with it. Momentum-
-    SAM as published goes ahead along the step that momentum makes, which a negative ρ gives here;
-    positive ρ is meant to ascend, as in SAM. A moment is of earlier batches: on the next one it was
-    found to rise in fine-tuning, and to fall a little in pre-training
+    :func:`subspace_value_and_grad`, which may exchange the subspaces, do not go with it.
+    Momentum-SAM as published goes ahead along the step that momentum makes, which a negative ρ
+    gives here; positive ρ is meant to ascend, as in SAM. A moment is of earlier batches: on the
+    next one it was found to rise in fine-tuning, and to fall a little in pre-training
     (benchmarks/results/ascent.json).
 
     Args:
