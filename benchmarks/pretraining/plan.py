@@ -42,11 +42,12 @@ def cells(size):
 
 
 def tuning_cells(size, model, method, prefix=""):
+    trials = METHODS[method].trials(model == next(iter(MODELS[size])))
     return [
         _cell(size, model, "stdlib", method, TUNING_SEED, f"{prefix}tune{index}") | {
             "kind": "tuning", "matrices_rate": matrices, "others_rate": others,
         }
-        for index, (matrices, others) in enumerate(METHODS[method].trials())
+        for index, (matrices, others) in enumerate(trials)
     ]  # fmt: skip
 
 

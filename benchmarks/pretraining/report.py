@@ -17,7 +17,7 @@ def report(size, cells, records, folder):
         body += ["", f"### {model} parameters ({size} size)"]
         for text in dict.fromkeys(key[1] for key in finals if key[0] == model):
             runs = {key[2]: found for key, found in finals.items() if key[:2] == (model, text)}
-            body += ["", *_losses(runs, text, ratios.get(model, {}))]
+            body += ["", *_losses(runs, text, ratios.get(model, {}), model == cells[0]["model"])]
         path = folder / f"curves-{size}-{model}.png"
         plots.curves(model, finals, ratios.get(model, {}), path)
         body += ["", f"![Losses of {model}](results/{folder.name}/{path.name})"]
@@ -62,7 +62,7 @@ def _explanation(cell):
         f"Llamas in batches of {cell['batch_size']} sequences of {cell['seq_len']} tokens, which "
         "at the CPU's size are bytes. All methods, AdamW too, have two "
         "learning rates, one of the matrices that LORENZA projects and one of all other leaves, "
-        f"tuned with {len(METHODS['adamw'].trials())} trials (three rates of the matrices, of "
+        f"tuned with {len(METHODS['adamw'].trials(True))} trials (three rates of the matrices, of "
         "which tables mark the edges, and two of the others, which are edges both) on the "
         "standard library, scored on a twentieth of the train part; these rates serve both texts. "
         "The rank is a "
@@ -97,7 +97,7 @@ def _time_ratios(cells, records):
     return found
 
 
-def _losses(runs, text, ratios):
+def _losses(runs, text, ratios, is_smallest):
     rows = []
     baseline = runs.get("adamw", {})
     for method, results in runs.items():
@@ -106,7 +106,7 @@ def _losses(runs, text, ratios):
         state = some["optimizer_state_bytes"]
         against = next(iter(baseline.values()))["optimizer_state_bytes"] if baseline else None
         rates = [float(f"{some[key]:.3g}") for key in ("matrices_rate", "others_rate")]
-        offered = METHODS[method].trials()
+        offered = METHODS[method].trials(is_smallest)
         edges = {min(o[0] for o in offered), max(o[0] for o in offered)}
         edge = " (edge)" if some["matrices_rate"] in edges else ""
         normal, mean = ratios.get(method, (None, None))
