@@ -123,14 +123,23 @@ def _dot_general(bind: Bind, params: Any, first: Any, second: Any) -> Any:
         close, distant = (left, right) if left_first else (right, left)
         floating = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 16
         common = x.dtype if floating else close.dtype
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            common = jnp.promote_types(x.dtype, close.dtype)
         x, close, distant = x.astype(common), close.astype(common), distant.astype(common)
         through = contract(x, x_ids, close, near, between, precision)
         return contract(through, between, distant, far, out_ids, precision, dtype)
 
     total = bind(_base(first), _base(second))
+    result = total.dtype
+    moves = any(not term.vanishes for term in weight.terms)
+    if moves and jnp.issubdtype(result, jnp.floating) and jnp.finfo(result).bits < 32:
+        # Rounded before they are added, small moves would be lost in what they are added to.
+        dtype = jnp.float32
+        wider = {**params, "preferred_element_type": dtype}
+        total = jax.lax.dot_general_p.bind(_base(first), _base(second), **wider)
     for term in weight.terms:
         total = add_product(total, product, x, term)
-    return total
+    return total.astype(result)
 
 
 def _base(value: Any) -> Any:

@@ -141,7 +141,7 @@ def _gather(bind: Bind, params: Any, value: Any, indices: Any) -> Any:
     if not isinstance(value, Factored) or len(numbers.collapsed_slice_dims) != 1:
         return NotImplemented
     (axis,) = numbers.collapsed_slice_dims
-    if value.narrow and value.labels[axis] != "b":
+    if jnp.finfo(value.base.dtype).bits < 32 and value.labels[axis] != "b":
         return NotImplemented  # the rows would be formed in less than 32 bits
     whole = [size for i, size in enumerate(value.base.shape) if i != axis]
     if (

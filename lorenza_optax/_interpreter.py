@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,10 +24,19 @@ from lorenza_optax._factored import Factored, materialize
 from lorenza_optax._factored_rules import RULES
 from lorenza_optax._noise import Noisy, is_stack
 
-__all__ = ["Materialized", "evaluate"]
+__all__ = ["Materialized", "equations", "evaluate"]
 
-Materialized = dict[str, str]
-"""Paths of the leaves whose sum had to be formed, with the primitive that asked for it."""
+
+class Materialized(dict[str, str]):
+    """Paths of the leaves whose sum had to be formed, with the primitive that asked for it.
+
+    Attributes:
+      rounded: Those of them whose weight had been cast to less than 32 bits before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounded: set[str] = set()
 
 
 def evaluate(closed: Any, args: Sequence[Any], seen: Materialized) -> list[Any]:
@@ -56,6 +65,17 @@ def evaluate(closed: Any, args: Sequence[Any], seen: Materialized) -> list[Any]:
         values.update(zip(eqn.outvars, outputs, strict=True))
         last = last if (found := _last_array(outputs)) is None else found
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a program, those in its control flow included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
 
 
 def _live(jaxpr: Any) -> list[Any]:
@@ -108,6 +128,8 @@ def _plain(value: Any, seen: Materialized, name: str) -> Any:
     if not isinstance(value, Factored):
         return value
     seen.setdefault(value.path, name)
+    if jnp.finfo(value.base.dtype).bits < 32:
+        seen.rounded.add(value.path)
     return materialize(value)
 
 

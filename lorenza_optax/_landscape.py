@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lorenza_optax._calls import check_scalar
 from lorenza_optax._factored import Factored, factored, materialize
-from lorenza_optax._interpreter import Materialized, evaluate
+from lorenza_optax._interpreter import Materialized, equations, evaluate
 from lorenza_optax._linalg import matmul
 from lorenza_optax._matrix_view import MatrixView
 from lorenza_optax._mesh import in_auto_mode
@@ -117,7 +117,7 @@ def landscape(
     """
     treedef, arrays = jax.tree.structure(params), leaves_by_path(params)
     views, projectors = subspaces.views, subspaces.projectors
-    seen: Materialized = {}
+    seen = Materialized()
 
     def checked(leaves: Arrays) -> Any:
         # By path: what has been through a transformation of jax is sorted by its keys.
@@ -132,22 +132,16 @@ def landscape(
         return Landscape(_plain_evaluation(checked, wide, subspaces), wide, seen, has_aux)
 
     traced, rebuild = _trace(checked, arrays)
+    # Formed in bfloat16, W + P N would be W: leaves whose sum is needed must be wider, and where
+    # the loss casts them first, the sum is formed before.
     narrow = {path for path in views if jnp.finfo(arrays[path].dtype).bits < 32}
-    if narrow:
-        # Formed in bfloat16, W + P N would be W: leaves whose sum is needed must be wider.
-        found: Materialized = {}
-        zeros = {path: (jnp.zeros((*v.batch, v.m, 1)), jnp.zeros((*v.batch, 1, v.n)))
-                 for path, v in views.items()}  # fmt: skip
-        weights = [
-            _weight(path, leaf, views.get(path), [(*zeros[path], False)] if path in zeros else [])
-            for path, leaf in arrays.items()
-        ]
-        jax.eval_shape(lambda args: _discard(evaluate(traced, args, found), found), weights)
-        full_paths |= narrow & set(found)
-        seen.update(found)
-    wide = _wide_enough(checked, arrays, full_paths)
+    found = _formed(traced, arrays, views) if narrow or _casts(traced) else Materialized()
+    wide = _wide_enough(checked, arrays, full_paths | (narrow & set(found)))
     if any(wide[path].dtype != leaf.dtype for path, leaf in arrays.items()):
         traced, rebuild = _trace(checked, wide)
+        found = _formed(traced, wide, views) if found else found
+    rounded = {path for path in found.rounded if jnp.finfo(wide[path].dtype).bits >= 32}
+    seen.update(found)
 
     def at(
         move: Displacement,
@@ -171,7 +165,8 @@ def landscape(
                 terms.append((*views[path].product(projectors[path], move.low[path]), vanishes))
             if products is not None and path in products:
                 terms.append((*views[path].product(*products[path]), True))
-            args.append(_weight(path, leaf, views.get(path), terms))
+            weight = _weight(path, leaf, views.get(path), terms)
+            args.append(materialize(weight) if terms and path in rounded else weight)
         return rebuild(evaluate(traced, args, seen))
 
     return Landscape(at, wide, seen, has_aux)
@@ -210,6 +205,28 @@ def _trace(loss: Callable[[Arrays], Any], leaves: Arrays) -> tuple[Any, Callable
         return materialize(output) if isinstance(output, Factored) else output
 
     return traced, rebuild
+
+
+def _casts(traced: Any) -> bool:
+    """Whether a program casts anything to less than 32 bits."""
+    return any(
+        jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+        for eqn in equations(traced.jaxpr)
+        if (dtype := eqn.params.get("new_dtype")) is not None
+    )
+
+
+def _formed(traced: Any, leaves: Arrays, views: Mapping[str, MatrixView]) -> Materialized:
+    """The leaves whose sum the program needs, found by evaluating it without numbers."""
+    found = Materialized()
+    zeros = {path: (jnp.zeros((*v.batch, v.m, 1)), jnp.zeros((*v.batch, 1, v.n)))
+             for path, v in views.items()}  # fmt: skip
+    weights = [
+        _weight(path, leaf, views.get(path), [(*zeros[path], False)] if path in zeros else [])
+        for path, leaf in leaves.items()
+    ]
+    jax.eval_shape(lambda args: _discard(evaluate(traced, args, found), found), weights)
+    return found
 
 
 def _discard(outputs: list[Any], found: Materialized) -> None:

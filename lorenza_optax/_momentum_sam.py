@@ -21,6 +21,7 @@ from lorenza_optax._perturbed import surroundings_of_states
 from lorenza_optax._plan import shape_and_dtype
 from lorenza_optax._state import LowRankState
 from lorenza_optax._subspace import lift
+from lorenza_optax._surroundings import check_moments
 
 __all__ = ["MomentumSamState", "momentum_sam", "momentum_sam_eval_params"]
 
@@ -228,6 +229,7 @@ def _directions(
         )
     if around is None:
         return Displacement({}, full), Subspaces({}, {})
+    check_moments(around)
     return Displacement(around.moments.low, full), around.subspaces
 
 

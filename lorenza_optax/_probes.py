@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
 from lorenza_optax._directions import Directions, Probe
+from lorenza_optax._interpreter import equations
 from lorenza_optax._landscape import Displacement, Landscape
 
 __all__ = ["ESTIMATORS", "estimate_weights", "slopes_along"]
@@ -130,7 +131,7 @@ def _forward_mode_or_differences(
         return evaluate(estimator)
     try:
         traced = jax.make_jaxpr(lambda: evaluate("jvp"))()
-        if "custom_lin" in _primitives(traced.jaxpr):
+        if "custom_lin" in {eqn.primitive.name for eqn in equations(traced.jaxpr)}:
             # What JAX leaves of a custom_vjp in forward mode; it would refuse to compile it.
             raise TypeError("a jax.custom_vjp function has no rule for jax.jvp.")
         slopes, value = jaxpr_as_fun(traced)()
@@ -144,16 +145,3 @@ def _forward_mode_or_differences(
             stacklevel=2,
         )
         return found
-
-
-def _primitives(jaxpr: Any) -> set[str]:
-    """The names of all primitives in a program, those in its control flow included."""
-    names = set()
-    for eqn in jaxpr.eqns:
-        names.add(eqn.primitive.name)
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    names |= _primitives(inner)
-    return names

@@ -34,6 +34,7 @@ __all__ = [
     "Surroundings",
     "applied",
     "bound_loss",
+    "check_moments",
     "chosen_ascent",
     "full_paths",
     "full_space_ascent",
@@ -185,4 +186,15 @@ def chosen_ascent(
             f"ascent={config.ascent!r} needs a first moment, and the optimizer that opt_state is of"
             f" keeps none under any of the names {', '.join(FIRST_MOMENTS)}."
         )
+    check_moments(around)
     return along_moments(near, around.subspaces, around.moments, mu, config)
+
+
+def check_moments(around: Surroundings) -> None:
+    """Raises if some of the projected leaves have no first moment in their subspace."""
+    if lacking := sorted(set(around.subspaces.views) - set(around.moments.low)):
+        raise ValueError(
+            "An ascent along first moments needs those of all projected leaves, and this optimizer"
+            f" keeps none in the subspace of {lacking[0]!r}"
+            + (f" and {len(lacking) - 1} others." if len(lacking) > 1 else ".")
+        )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.training import train_state
 
@@ -108,7 +109,8 @@ def nnx_train_step(
     Returns:
       A function ``(model, optimizer, *args, **kwargs)`` that updates both and returns the loss
       at the perturbed point, with ``has_aux`` (loss, aux). ``optimizer`` is an
-      ``nnx.Optimizer``; wrap the function in ``nnx.jit``.
+      ``nnx.Optimizer``; wrap the function in ``nnx.jit``. With "update" the loss of a step that was
+      skipped, as its gradient was not finite, is nan.
 
     Raises:
       ValueError: For another ``gradient``.
@@ -147,11 +149,14 @@ def nnx_train_step(
         if gradient == "update":
             # What depends on no parameter, as counters do, costs nothing: XLA drops the rest.
             _, (aux, new_rest) = loss(params)
+            (before, *_) = find_states(opt_state).values()
             updates, opt_state = optimizer.tx.update(
                 None, opt_state, params, value_fn=lambda at: loss(at)[0]
             )
             (state, *_) = find_states(opt_state).values()
-            value = state.ascent.value
+            # A state keeps no loss that is not finite, and counts the step as skipped.
+            skipped = getattr(state, "skipped", 0) - getattr(before, "skipped", 0)
+            value = jnp.where(jnp.asarray(skipped) > 0, jnp.nan, state.ascent.value)
         elif gradient == "perturbed":
             value_and_grad = perturbed_value_and_grad(loss, has_aux=True, **arguments)
             (value, (aux, new_rest)), grads = value_and_grad(params, opt_state=opt_state)

@@ -295,3 +295,11 @@ def test_a_linen_parameters_box_is_not_copied_either():
     new = train_state.apply_gradients(value_fn=loss).apply_gradients(value_fn=loss)
     assert isinstance(new.params["kernel"], linen.Partitioned)
     assert loss(new.params) < loss(boxed)
+
+
+def test_a_loss_that_is_not_finite_is_seen():
+    model = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, lorenza_optax.lorenza(1e-2, rank=4), wrt=nnx.Param)
+    step = nnx.jit(nnx_train_step(lambda model, x: jnp.mean(model(x) ** 2)))
+    losses = [step(model, optimizer, factor * jnp.ones((2, 16))) for factor in (1, jnp.nan, 1)]
+    assert [bool(jnp.isfinite(loss)) for loss in losses] == [True, False, True]

@@ -211,3 +211,10 @@ def test_what_cannot_work_is_said():
         momentum_sam_eval_params(optax.adam(1e-2).init(params), params)
     with pytest.raises(ValueError, match="weight_dimension_numbers"):
         momentum_sam(_lorenza()).init(params)
+
+
+def test_moments_in_other_bases_are_not_overlooked():
+    params = {"w": jnp.ones((16, 8)), "b": jnp.ones(8)}
+    cosmos = lorenza_optax.methods.cosmos(1e-2, 4)
+    with pytest.raises(ValueError, match="keeps none in the subspace of 'w'"):
+        lorenza_optax.momentum_sam(cosmos, rho=0.05).init(params)
