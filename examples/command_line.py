@@ -1,6 +1,5 @@
 """What the training programs' command lines have in common: options, and how a run is stopped."""
 
-import argparse
 import pathlib
 import shlex
 import signal
@@ -8,18 +7,12 @@ import sys
 
 import optimizers
 import reporting
+import run_record
 import training
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
 def add_common(parser, out, checkpoint_every, eval_every):
-    add = parser.add_argument
+    add, positive = parser.add_argument, run_record.positive
     add("--optimizer", nargs="+", default=["lorenza", "adamw"], metavar="NAME",
         help=f"one or more of {', '.join(optimizers.OPTIMIZERS)}")  # fmt: skip
     add("--lr", "--learning-rate", type=float, metavar="LR",

@@ -22,6 +22,7 @@ CONFIG_KEYS = {
     "num_heads": "num_attention_heads",
     "norm_eps": "rms_norm_eps",
 }
+OPTIONAL_KEYS = {"num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 EXPECTED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -70,6 +71,9 @@ def read_config(folder, dtype):
         )
     if others := set(content.get("layer_types") or ()) - {"full_attention"}:
         raise SystemExit(f"{path}: layer_types has {others.pop()!r}; this model has full_attention")
+    given = {f: content[key] for f, key in OPTIONAL_KEYS.items() if content.get(key) is not None}
+    for field, value in given.items():
+        hub_files.check_positive(path, OPTIONAL_KEYS[field], value)
     theta, scaling = _rope(path, content)
     config = hub_files.config(
         files,
@@ -77,20 +81,23 @@ def read_config(folder, dtype):
         EXPECTED,
         CONFIG_KEYS,
         dtype=dtype,
-        num_kv_heads=content.get("num_key_value_heads"),
-        head_dim=content.get("head_dim"),
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=HAS_QKV_BIAS[kind],
         tied=content.get("tie_word_embeddings", False),
+        **given,
     )
     return config, files
 
 
 def _rope(path, content):
     """(theta, scaling). transformers 5 writes rope_parameters; before, they were two keys."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(content.get(key), dict | None):
+            raise SystemExit(f"{path}: {key} is {content[key]!r}; it should be an object or null.")
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     theta = rope.get("rope_theta", content.get("rope_theta", 10_000.0))
+    hub_files.check_positive(path, "rope_theta", theta, float)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise SystemExit(
@@ -101,6 +108,8 @@ def _rope(path, content):
         return theta, None
     if missing := [key for key in SCALING_KEYS.values() if key not in rope]:
         raise SystemExit(f"{path}: {', '.join(missing)} missing for rotary positions of llama3.")
+    for key in SCALING_KEYS.values():
+        hub_files.check_positive(path, key, rope[key], float)
     return theta, llama.RopeScaling(**{field: rope[key] for field, key in SCALING_KEYS.items()})
 
 
@@ -122,15 +131,26 @@ def _file_name(module):
 
 def end_tokens(files):
     """The tokens that end an answer, the first of them for training."""
-    path = files.folder / "config.json"
-    contents = [files.config]
+    path, rows = files.folder / "config.json", files.config["vocab_size"]
+    ids = _end_tokens(path, files.config, rows)
     if (generation := files.folder / "generation_config.json").is_file():
-        contents.append(hub_files.read_object(generation))
-    given = [content.get("eos_token_id") for content in contents]
-    lists = [ids if isinstance(ids, list) else [ids] for ids in given if ids is not None]
-    ids = tuple(dict.fromkeys(number for numbers in lists for number in numbers))
-    if not ids or max(ids) >= files.config["vocab_size"]:
-        raise SystemExit(f"{path}: eos_token_id is {given[0]}; it should be a token's number.")
+        ids = ids + _end_tokens(generation, hub_files.read_object(generation), rows)
+    if not ids:
+        given = files.config.get("eos_token_id")
+        raise SystemExit(f"{path}: eos_token_id is {given}; it should be a token's number.")
+    return tuple(dict.fromkeys(ids))
+
+
+def _end_tokens(path, content, vocab_size):
+    given = content.get("eos_token_id")
+    if given is None:
+        return []
+    ids = given if isinstance(given, list) else [given]
+    if not all(type(number) is int and 0 <= number < vocab_size for number in ids):
+        raise SystemExit(
+            f"{path}: eos_token_id is {given!r}; it should be a token's number, 0 to "
+            f"{vocab_size - 1}, or a list of such."
+        )
     return ids
 
 

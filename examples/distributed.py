@@ -26,7 +26,11 @@ import time
 
 import numpy
 
+import run_record
+
 LAYOUTS = ("data-parallel", "fsdp")
+# What a resumed run may change: its learning rate is constant, so it may also take more steps.
+FREE_ON_RESUME = {"steps", "out", "checkpoint_every", "resume", "process_id", "coordinator"}
 GRACE = 5  # seconds that the other processes have to end by themselves
 
 
@@ -35,27 +39,24 @@ def parse_arguments(argv):
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add("--processes", type=int, default=2)
+    add, positive = parser.add_argument, run_record.positive
+    add("--processes", type=positive, default=2)
     add("--layout", choices=LAYOUTS, default="data-parallel",
         help="a copy of the parameters in each process, or a part of each of them")  # fmt: skip
     add("--preset", default="nano", help="model size, see llama.py")
-    add("--steps", type=int, default=20)
-    add("--batch-size", type=int, default=4, help="sequences of each process")
+    add("--steps", type=positive, default=20)
+    add("--batch-size", type=positive, default=4, help="sequences of each process")
     add("--lr", type=float, default=1e-2)
     add("--rho", type=float, default=0.05, help="radius of the perturbation")
     add("--update-proj-gap", type=int, default=4, help="steps from one subspace to the next")
     add("--data", help="a text file or a folder (default: the source text of Python's library)")
     add("--seed", type=int, default=0)
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/distributed"), help="run folder")
-    add("--checkpoint-every", type=int, default=5, help="steps between checkpoints")
+    add("--checkpoint-every", type=positive, default=5, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the latest checkpoint in --out")
     add("--process-id", type=int, help=argparse.SUPPRESS)  # set by the launcher
     add("--coordinator", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.processes < 1:
-        parser.error("--processes: must be at least 1")
-    return arguments
+    return parser.parse_args(argv)
 
 
 # The launcher. It imports no JAX: the processes do.
@@ -64,9 +65,12 @@ def parse_arguments(argv):
 def launch(argv, arguments):
     """Runs all processes to their end; the exit status of the script."""
     folder = arguments.out
-    if checkpoint_steps(folder) and not arguments.resume:
-        raise SystemExit(f"{folder} holds a run already. Give --resume, or another --out.")
-    folder.mkdir(parents=True, exist_ok=True)
+    run_record.check(arguments, FREE_ON_RESUME)
+    if not arguments.resume:
+        if checkpoint_steps(folder) or is_of_another_program(folder):
+            raise SystemExit(f"{folder} holds a run already. Give --resume, or another --out.")
+        folder.mkdir(parents=True, exist_ok=True)
+        run_record.write(arguments)
     for old in folder.glob("result-*.json"):
         old.unlink()
     with socket.socket() as probe:  # a free port, which the first process will listen at
@@ -137,6 +141,12 @@ def checkpoint_steps(folder):
     return sorted(int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit())
 
 
+def is_of_another_program(folder):
+    """Whether the record in a folder is of a run that cannot be one of this program."""
+    record = run_record.read(folder)
+    return bool(record) and "processes" not in record["arguments"]
+
+
 def compare(folder, count):
     """0 if all processes ended with the same parameters."""
     results = [json.loads((folder / f"result-{n}.json").read_text()) for n in range(count)]
@@ -186,9 +196,9 @@ def work(arguments):
     jax.distributed.initialize(arguments.coordinator, count, number)
 
     preset = llama.PRESETS[arguments.preset]
-    tokens = own_part(corpus.tokenize(
-        *corpus.read_documents(arguments.data), "bytes", 256, preset.seq_len
-    ).train, number, count)  # fmt: skip
+    text = corpus.tokenize(*corpus.read_documents(arguments.data), "bytes", 256, preset.seq_len)
+    same_text(arguments, run_record.Data("text", text.description, text.fingerprint))
+    tokens = own_part(text.train, number, count)
     loss = llama.loss_of(preset.model)
     tx = lorenza_optax.lorenza(
         arguments.lr, preset.rank, arguments.update_proj_gap, rho=arguments.rho, seed=arguments.seed
@@ -247,6 +257,15 @@ def work(arguments):
     result = {"step": done, "parameters": digest}
     (arguments.out / f"result-{number}.json").write_text(json.dumps(result) + "\n")
     jax.distributed.shutdown()
+
+
+def same_text(arguments, text):
+    """The first process records the text, which must be the same after every checkpoint."""
+    # There is no checkpoint before all processes have passed here: none reads what is written.
+    if checkpoint_steps(arguments.out):
+        run_record.check_data(arguments.out, text)
+    elif arguments.process_id == 0:
+        run_record.write(arguments, **{text.kind: text.fingerprint})
 
 
 def own_part(tokens, number, count):

@@ -32,6 +32,7 @@ try:
     import machine
     import optimizers
     import run_folder
+    import run_record
     import training
 except ModuleNotFoundError as error:
     raise SystemExit(
@@ -63,7 +64,7 @@ def parse_arguments(argv):
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add, positive = parser.add_argument, command_line.positive
+    add, positive = parser.add_argument, run_record.positive
     add("--task", required=True, choices=(*glue.TASKS, "gsm8k"))
     add("--data-dir", required=True, help="the folder with the task's folder in it")
     add("--checkpoint", metavar="FOLDER", help="config.json, safetensors and tokenizer.json "
@@ -199,10 +200,10 @@ def fingerprint(data):
 
 def run(arguments, display):
     # Whatever can be refused is refused before the run folder is touched.
-    run_folder.check(arguments)
+    run_record.check(arguments)
     build = instructed_decoder if arguments.task == "gsm8k" else encoder
     subject = build(arguments)
-    data = run_folder.Data("data", subject.description, fingerprint(subject.train))
+    data = run_record.Data("data", subject.description, fingerprint(subject.train))
     count = batches.size(subject.train)
     steps = arguments.steps or -(-arguments.epochs * count // arguments.batch_size)
     run_folder.prepare(arguments, data, display)

@@ -5,8 +5,10 @@ meaning. Weights are read as safetensors only: the older .bin files are pickles,
 code their author put there.
 """
 
+import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -184,9 +186,9 @@ def config(files, make, expected, keys, **more):
             raise SystemExit(f"{path}: {key} is {content[key]!r}; this model has {value!r} only.")
     if missing := [key for key in keys.values() if key not in content]:
         raise SystemExit(f"{path}: {', '.join(missing)} missing.")
-    for key in keys.values():
-        if not isinstance(content[key], int | float) or content[key] <= 0:
-            raise SystemExit(f"{path}: {key} is {content[key]!r}; it should be a positive number.")
+    kinds = {field.name: field.type for field in dataclasses.fields(make)}
+    for field, key in keys.items():
+        check_positive(path, key, content[key], kinds[field])
     known, rows = files.tokenizer.get_vocab_size(), content["vocab_size"]
     if known > rows:
         raise SystemExit(
@@ -197,6 +199,15 @@ def config(files, make, expected, keys, **more):
         return make(**{field: content[key] for field, key in keys.items()}, **more)
     except ValueError as error:
         raise SystemExit(f"{path}: {error}.") from None
+
+
+def check_positive(path, key, value, kind=int):
+    """Refuses what is not a positive number, or for kind int not a whole one."""
+    # To Python, JSON's true is an int too, and NaN and Infinity are floats.
+    is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        name = "whole number" if kind is int else "number"
+        raise SystemExit(f"{path}: {key} is {value!r}; it should be a positive {name}.")
 
 
 def parameters(files, abstract_params, file_name, is_unread):

@@ -24,6 +24,7 @@ try:
     import machine
     import optimizers
     import run_folder
+    import run_record
     import training
 except ModuleNotFoundError as error:
     raise SystemExit(
@@ -52,7 +53,7 @@ def parse_arguments(argv):
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add, positive = parser.add_argument, command_line.positive
+    add, positive = parser.add_argument, run_record.positive
     add("--preset", default="tiny", choices=llama.PRESETS, help="model size")
     add("--steps", type=positive, default=200)
     add("--batch-size", type=positive, default=16, help="sequences in a batch")
@@ -169,7 +170,7 @@ def check_memory(arguments):
 def run(arguments, display):
     # Whatever can be refused is refused before the run folder is touched.
     check_memory(arguments)
-    run_folder.check(arguments)
+    run_record.check(arguments)
     plan, out = make_plan(arguments), arguments.out
     documents, description = corpus.read_documents(arguments.data)
     data = corpus.tokenize(
@@ -180,7 +181,7 @@ def run(arguments, display):
         plan.seq_len,
         saved=out if arguments.resume else None,
     )
-    text = run_folder.Data("text", data.description, data.fingerprint)
+    text = run_record.Data("text", data.description, data.fingerprint)
     run_folder.prepare(arguments, text, display)
     if not arguments.resume:
         corpus.save(data, out)

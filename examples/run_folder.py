@@ -1,68 +1,19 @@
 """The folder of a run (`--out`): what was asked for, each optimizer's part, curves and summary."""
 
 import json
-from typing import NamedTuple
 
 import machine
 import optimizers
 import reporting
+import run_record
 import training
-
-# What a resumed run may change; everything else would change its result.
-FREE_ON_RESUME = {"optimizer", "out", "resume", "checkpoint_every", "eval_every"}
-
-
-class Data(NamedTuple):
-    """What a run was started with beside its arguments."""
-
-    kind: str
-    description: str
-    fingerprint: str
-
-
-def recorded(arguments):
-    return json.loads(json.dumps(vars(arguments), default=str))
-
-
-def check(arguments):
-    """Refuses a run folder that cannot be used; changes nothing."""
-    out, record = arguments.out, arguments.out / "run.json"
-    if out.exists() and not out.is_dir():
-        raise SystemExit(f"--out {out}: this is a file. Give a folder.")
-    if not arguments.resume:
-        if out.exists() and any(out.iterdir()) and not record.exists():
-            raise SystemExit(
-                f"--out {out}: the folder is not empty, and what is in it is not a run of this "
-                "program. Give a new folder."
-            )
-        return
-    if not record.exists():
-        raise SystemExit(
-            f"--resume: there is no run in {out}. Start one without --resume, or name its "
-            "folder with --out."
-        )
-    earlier = json.loads(record.read_text())["arguments"]
-    differing = [
-        f"--{name.replace('_', '-')} {earlier.get(name)} (now {value})"
-        for name, value in recorded(arguments).items()
-        if name not in FREE_ON_RESUME and earlier.get(name) != value
-    ]
-    if differing:
-        raise SystemExit(
-            f"--resume: the run in {out} was started with {', '.join(differing)}. Resume it "
-            "with the same arguments, or start a new run in another folder with --out."
-        )
 
 
 def prepare(arguments, data, display):
     """Makes the run folder; an older run in it is continued or moved aside, never overwritten."""
-    out, record = arguments.out, arguments.out / "run.json"
+    out = arguments.out
     if arguments.resume:
-        if json.loads(record.read_text())[data.kind] != data.fingerprint:
-            raise SystemExit(
-                f"--resume: the {data.kind} ({data.description}) is not what the run in {out} was "
-                "started with. Restore it, or start a new run in another folder with --out."
-            )
+        run_record.check_data(out, data)
         return
     if out.exists() and any(out.iterdir()):
         number = 1
@@ -71,7 +22,7 @@ def prepare(arguments, data, display):
         out.rename(aside)
         display.note(f"The earlier run in {out} was moved to {aside}.")
     out.mkdir(parents=True, exist_ok=True)
-    _write(record, {"arguments": recorded(arguments), data.kind: data.fingerprint})
+    run_record.write(arguments, **{data.kind: data.fingerprint})
 
 
 def train_all(arguments, problem, rates, display):
@@ -102,14 +53,10 @@ def conclude(arguments, results, described, display, *, title, loss_unit, metric
         },
         **described,
         "seed": arguments.seed,
-        "arguments": recorded(arguments),
+        "arguments": run_record.recorded(arguments),
         "machine": machine.describe(),
         "versions": machine.versions(),
     }
-    _write(out / "summary.json", summary)
+    run_record.write_json(out / "summary.json", summary)
     display.console.print(reporting.table(results, title, metrics))
     display.note(f"Curves: {out / 'loss.png'}   numbers: {out / 'summary.json'}")
-
-
-def _write(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n")

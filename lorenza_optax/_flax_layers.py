@@ -31,7 +31,8 @@ def weight_dimension_numbers(model: Any, *args: Any, **kwargs: Any) -> dict[str,
 
     Args:
       model: A linen module, which is traced, or an NNX module.
-      *args: What a linen module is called with; shapes are enough (``jax.ShapeDtypeStruct``).
+      *args: What a linen module is called with; shapes are enough (``jax.ShapeDtypeStruct``),
+        and what is no array, such as ``train=False``, is handed on as it is.
       **kwargs: Likewise.
 
     Returns:
@@ -81,13 +82,16 @@ def _of_linen(model: linen.Module, args: Any, kwargs: Any) -> dict[str, Numbers]
         record(context.module)
         return result
 
-    def init(*args: Any, **kwargs: Any) -> Any:
+    # Only arrays are traced: a flag such as `train` is one that a module asks about in Python.
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")}
+
+    def init(arrays: dict[int, Any]) -> Any:
+        args, kwargs = structure.unflatten(arrays.get(i, leaf) for i, leaf in enumerate(leaves))
         with linen.intercept_methods(interceptor):
             return model.init(jax.random.key(0), *args, **kwargs)
 
-    static = {k: v for k, v in kwargs.items() if not hasattr(v, "shape")}
-    arrays = {k: v for k, v in kwargs.items() if k not in static}
-    shapes = jax.eval_shape(lambda *a, **k: init(*a, **k, **static), *args, **arrays)
+    shapes = jax.eval_shape(init, arrays)
     return _of_leaves(shapes["params"], own, kernels)
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ def memory_report(
     params: Any,
     rank: int | Sequence[int] = 128,
     *,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: str | Sequence[str] = tuple(METHODS),
     memory: int | str | None = None,
     dtype: str | None = None,
     step_fn: Callable[..., Any] | None = None,
@@ -52,11 +52,11 @@ def memory_report(
         "350M", "1B", "7B" (the Llamas of the GaLore paper); or the path of a Hugging Face
         ``config.json`` or of its folder, for the model types llama, qwen2 and bert (an encoder
         with its pooler).
-      rank: The rank r, or several.
-      methods: Which to count: "adamw", Optax's; "galore", ``optax.contrib.galore`` by its own
-        rule, which projects all 2-D leaves and compresses the longer side; "lora", adapters of
-        r (m + n) on the leaves that LORENZA projects, with AdamW on them and all else frozen;
-        "lorenza".
+      rank: The rank r of all leaves, or several such ranks, each for a row of its own.
+      methods: Which to count, one or several: "adamw", Optax's; "galore",
+        ``optax.contrib.galore`` by its own rule, which projects all 2-D leaves and compresses
+        the longer side; "lora", adapters of r (m + n) on the leaves that LORENZA projects, with
+        AdamW on them and all else frozen; "lorenza".
       memory: A memory to fit into, in bytes or as "24GB", "80GiB".
       dtype: Of the parameters of a preset (None for float32) or a config (None for its own).
       step_fn: A training step, jitted (with its donations) or not, that is compiled for
@@ -87,9 +87,8 @@ def memory_report(
 
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021
     """
-    ranks = [rank] if isinstance(rank, int) else list(rank)
-    for one in ranks:
-        check_int("rank", one, 1)
+    ranks = _ranks(rank)
+    methods = [methods] if isinstance(methods, str) else methods
     for method in methods:
         check_choice("method", method, tuple(METHODS))
     sizes = None
@@ -117,6 +116,20 @@ def memory_report(
         largest=() if limit is None or sizes is None else _largest(sizes, limit, count),
         step=None if step_fn is None else step_memory(step_fn, *step_args),
     )
+
+
+def _ranks(rank: Any) -> list[int]:
+    """One rank or several as a list, checked."""
+    if callable(rank) or isinstance(rank, Mapping):
+        raise TypeError(
+            "rank must be an int or several of them, each for all leaves and a row of the report,"
+            f" got {type(rank).__name__}: ranks by leaf, which lorenza takes, have no row."
+        )
+    several = isinstance(rank, Iterable) and not isinstance(rank, str)
+    ranks: list[Any] = list(rank) if several else [rank]
+    for one in ranks:
+        check_int("rank", one, 1)
+    return [int(one) for one in ranks]
 
 
 def _size(shapes: Any) -> int:

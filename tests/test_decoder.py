@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import sys
 
 import jax
@@ -234,11 +235,16 @@ def test_end_tokens_are_those_of_both_configs(tmp_path):
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(SystemExit, match=r"generation_config.json: cannot be read"):
         decoder.end_tokens(files)
-    for wrong in (None, 100_000):
+    for wrong in (None, [], 100_000, -1, "a", 5.0, True, [3, None]):
         files = hub_files.read(checkpoints.write_decoder(tmp_path, eos_token_id=wrong))
         (folder / "generation_config.json").write_text("{}")
-        with pytest.raises(SystemExit, match=f"config.json: eos_token_id is {wrong}"):
+        message = re.escape(f"/config.json: eos_token_id is {wrong!r}; it should be a token's")
+        with pytest.raises(SystemExit, match=message):
             decoder.end_tokens(files)
+    files = hub_files.read(checkpoints.write_decoder(tmp_path))
+    (folder / "generation_config.json").write_text('{"eos_token_id": "a"}')
+    with pytest.raises(SystemExit, match=r"generation_config.json: eos_token_id is 'a'"):
+        decoder.end_tokens(files)
 
 
 # Checkpoints that cannot be used.
@@ -258,7 +264,18 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "positions of type 'linear'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "whole heads"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor, low_freq_factor, .* missing"),
-        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; it should be a positive number"),
+        ({"rope_scaling": {**checkpoints.LLAMA3_ROPE, "factor": "8"}}, "factor is '8'; it should"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; it should be an object or null"),
+        ({"rope_parameters": [8.0]}, r"rope_parameters is \[8.0\]; it should be an object"),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4'; it should be a positive number"),
+        ({"rope_theta": True}, "rope_theta is True"),
+        ({"rms_norm_eps": True}, "rms_norm_eps is True; it should be a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; it should be a positive whole"),
+        ({"hidden_size": 32.0}, "hidden_size is 32.0; it should be a positive whole number"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'; it should be a positive whole"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"head_dim": 8.0}, "head_dim is 8.0"),
         (
             {"num_key_value_heads": 3},
             "config.json: num_heads=4 must be a multiple of num_kv_heads=3",
@@ -271,6 +288,15 @@ def test_wrong_config_is_refused(tmp_path, config, message):
     folder = checkpoints.write_decoder(tmp_path, tensors, **config)
     with pytest.raises(SystemExit, match=message):
         decoder.load_checkpoint(folder)
+
+
+def test_heads_may_be_null(tmp_path):
+    nothing = {"num_key_value_heads": None, "head_dim": None, "rope_parameters": None}
+    tensors = checkpoints.decoder_tensors(checkpoints.DECODER)
+    config, _ = decoder.read_config(
+        checkpoints.write_decoder(tmp_path, tensors, **nothing), "float32"
+    )
+    assert (config.kv_heads, config.head_width) == (4, 8)
 
 
 def without(name):

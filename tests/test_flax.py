@@ -98,6 +98,20 @@ def test_a_linen_models_axes():
     assert len(projection_plan(params, 4, weight_dimension_numbers=fewer).projected) == 4
 
 
+class LinenSwitch(linen.Module):
+    @linen.compact
+    def __call__(self, inputs, train):
+        assert train is inputs["train"] is False
+        return linen.Dropout(0.5, deterministic=not train)(linen.Dense(WIDTH)(inputs["x"]))
+
+
+def test_what_a_linen_model_asks_in_python_is_not_traced():
+    inputs = {"x": jax.ShapeDtypeStruct((2, 6), float), "train": False}
+    numbers = weight_dimension_numbers(LinenSwitch(), inputs, False)
+    assert numbers["Dense_0/kernel"] == lorenza_optax.WeightDimensionNumbers((0,), (1,))
+    assert weight_dimension_numbers(LinenSwitch(), inputs=inputs, train=False) == numbers
+
+
 def test_an_nnx_models_axes():
     model = NnxNet(nnx.Rngs(0))
     numbers = weight_dimension_numbers(model)

@@ -286,6 +286,12 @@ def test_broken_configs(config, message, tmp_path):
     [
         ({"params": "8B"}, ValueError, "'8B' is neither a preset .60M, 130M, 350M, 1B, 7B. nor"),
         ({"rank": 0}, ValueError, "rank must be at least 1"),
+        ({"rank": 4.0}, TypeError, "rank must be an int, got float"),
+        ({"rank": "64"}, TypeError, "rank must be an int, got str"),
+        ({"rank": True}, TypeError, "rank must be an int, got bool"),
+        ({"rank": {"w": 4}}, TypeError, "an int or several of them, .* got dict: ranks by leaf"),
+        ({"rank": lambda path, shape: 4}, TypeError, "got function: ranks by leaf"),
+        ({"methods": "adam"}, ValueError, "method must be one of .* got 'adam'"),
         ({"methods": ["adam"]}, ValueError, "method must be one of 'adamw', 'galore'"),
         ({"dtype": "int8"}, ValueError, "dtype must be None or one of float32"),
         ({"params": {"w": jnp.ones((8, 8))}, "dtype": "float32"}, ValueError, "has its own"),
@@ -299,6 +305,14 @@ def test_broken_configs(config, message, tmp_path):
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         memory_report(**{"params": "60M", "rank": 64, **arguments})
+
+
+def test_one_rank_of_numpy_and_one_method_by_name():
+    report = memory_report("60M", np.int64(16), methods="lorenza")
+    assert report.rows == memory_report("60M", [16], methods=["lorenza"]).rows
+    assert json.dumps(report.as_dict()) == json.dumps(
+        memory_report("60M", np.array([16]), methods=["lorenza"]).as_dict()
+    )
 
 
 def test_sizes_of_memory():

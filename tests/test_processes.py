@@ -17,6 +17,7 @@ TEXT = pathlib.Path(sysconfig.get_path("stdlib")) / "email"  # real text, and re
 sys.path.insert(0, str(SCRIPT.parent))
 
 import distributed  # noqa: E402
+import run_record  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,55 @@ def test_another_run_is_not_overwritten_by_mistake(start, unbroken):
     process, _ = start("unbroken")
     assert "holds a run already" in process.communicate(timeout=30)[1]
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("processes", "3"), ("layout", "fsdp"), ("preset", "tiny"), ("batch-size", "8"),
+        ("lr", "0.02"), ("rho", "0.1"), ("update-proj-gap", "2"), ("data", "texts"), ("seed", "1"),
+    ],
+)  # fmt: skip
+def test_a_run_resumes_with_its_own_arguments_only(tmp_path, name, value):
+    argv = ["--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="no run in"):
+        distributed.main([*argv, "--resume"])
+    (tmp_path / "run").mkdir()
+    run_record.write(distributed.parse_arguments(argv))
+    with pytest.raises(SystemExit, match=rf"was started with --{name} \S+ \(now {value}\)"):
+        distributed.main([*argv, "--resume", f"--{name}", value])
+
+
+def test_a_run_resumes_with_its_own_text_only(tmp_path):
+    argv = ["--out", str(tmp_path), "--process-id"]
+    first, second = (distributed.parse_arguments([*argv, number]) for number in "01")
+    texts = [run_record.Data("text", "a folder", fingerprint) for fingerprint in "ab"]
+    distributed.same_text(second, texts[0])
+    assert run_record.read(tmp_path) == {}  # the first process alone writes
+    for text in (texts[1], texts[0]):  # without a checkpoint a run begins anew
+        distributed.same_text(first, text)
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    for arguments in (first, second):
+        distributed.same_text(arguments, texts[0])
+        with pytest.raises(SystemExit, match=r"the text \(a folder\) is not what the run"):
+            distributed.same_text(arguments, texts[1])
+
+
+def test_folders_of_other_programs_are_left_alone(tmp_path):
+    argv = ["--out", str(tmp_path)]
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(SystemExit, match="not a run of this program"):
+        distributed.main(argv)
+    (tmp_path / "run.json").write_text('{"arguments": {"optimizer": ["adamw"]}}')
+    with pytest.raises(SystemExit, match="holds a run already"):
+        distributed.main(argv)
+
+
+@pytest.mark.parametrize("name", ["processes", "steps", "batch-size", "checkpoint-every"])
+def test_counts_are_positive(name, capsys):
+    with pytest.raises(SystemExit):
+        distributed.parse_arguments([f"--{name}", "0"])
+    assert f"argument --{name}: must be at least 1, not 0" in capsys.readouterr().err
 
 
 def test_each_process_has_its_own_part_of_the_text():
