@@ -143,7 +143,8 @@ def _cells():
         for kind in (AxisType.Auto, AxisType.Explicit):
             plain = way == "value_fn"
             auto = plain or way.endswith("grad-sketch")
-            usual = auto if kind == AxisType.Auto else layout == "both" and not plain
+            explicit = layout == "both" and not plain and "momentum" not in way
+            usual = auto if kind == AxisType.Auto else explicit
             marks = () if usual else (pytest.mark.slow,)
             yield pytest.param(layout, way, kind, marks=marks, id=f"{layout}-{way}-{kind.name}")
 

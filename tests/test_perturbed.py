@@ -252,14 +252,9 @@ def test_value_fn_gets_the_arguments_that_it_names_and_no_others():
 
 
 def test_gradient_transform_acts_before_projection():
-    params = problems.params()
-    batch = problems.batch()
-    kwargs = {
-        "rank": 3,
-        "rho": 0.0,
-        "base_optimizer": optax.identity(),
-        "weight_dimension_numbers": NUMBERS,
-    }
+    shapes = {name: problems.SHAPES[name] for name in ("wide", "bias")}
+    params, batch = problems.params(shapes=shapes), problems.batch(shapes=shapes)
+    kwargs = {"rank": 3, "rho": 0.0, "base_optimizer": optax.identity()}
     tx = lorenza_optax.scale_by_lorenza(
         gradient_transform=optax.clip_by_global_norm(1e-3), **kwargs
     )

@@ -71,6 +71,7 @@ def test_processes_agree_bit_for_bit_after_20_steps(unbroken):
     assert "All 2 processes hold the same parameters" in out
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_which_resumes_with_the_same_bits(start, unbroken):
     process, _ = start("killed", "--steps", "1000")
     pids = {}

@@ -18,6 +18,7 @@ from flax import nnx
 import lorenza_optax
 from lorenza_optax import methods
 from lorenza_optax.flax import nnx_train_step
+from tests import problems
 from tests.test_family import BACKPROP, ZEROTH_ORDER
 
 pytestmark = [
@@ -104,7 +105,10 @@ def test_sam_goes_up_the_gradient(tree):
     chex.assert_trees_all_close(found, jax.grad(loss)(point, X), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+QUICK = ("galore", "owlore", "lorenza", "lorenza staggered", "lorenza_plus", "adazo_sam")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else problems.slow(n) for n in FACTORIES])
 def test_the_loss_does_as_its_gradient(name):
     tree = "list" if name == "owlore" else "NamedTuple"  # owlore wants layers
     params, loss, tx = TREES[tree][0], _loss(tree), _make(name)
@@ -118,7 +122,7 @@ def test_the_loss_does_as_its_gradient(name):
     assert loss(params, X) < loss(TREES[tree][0], X)
 
 
-@pytest.mark.parametrize("name", ZEROTH_ORDER)
+@pytest.mark.parametrize("name", [n if n == "mezo" else problems.slow(n) for n in ZEROTH_ORDER])
 def test_forward_passes_alone(name):
     params, loss = TREES["NamedTuple"][0], _loss("NamedTuple")
     tx = getattr(methods, name)(1e-6, **ZEROTH_ORDER[name])
