@@ -67,7 +67,7 @@ def t_interval(values, unit="", digits=1, spread=None):
     unit = unit and f" {unit}"
     mean = statistics.fmean(values)
     if len(values) == 1:
-        return f"{mean:+.{digits}f}{unit} (one run)"
+        return f"{mean:+.{digits}f}{unit} (one seed)"
     low, high = (f"{edge:+.{digits}f}" for edge in t_edges(values, spread))
     return f"{mean:+.{digits}f}{unit} ({low} to {high})"
 

@@ -156,7 +156,7 @@ def test_intervals_of_few_differences():
     values = [0.3, -0.1, 0.5]
     low, high = stats.ttest_1samp(values, 0).confidence_interval()
     assert tables.t_interval(values, "%", 2) == f"+0.23 % ({low:+.2f} to {high:+.2f})"
-    assert tables.t_interval([0.3]) == "+0.3 (one run)"
+    assert tables.t_interval([0.3]) == "+0.3 (one seed)"
     groups = [values, [2.0, 3.0], [1.0]]
     spread = tables.pooled(groups)
     about_means = np.concatenate([np.subtract(group, np.mean(group)) for group in groups])

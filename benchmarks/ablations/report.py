@@ -21,10 +21,10 @@ DECISIONS = {
     variants.RADIUS: "0.05 stays, for want of a difference: with the published probe nothing from "
     "no perturbation to ten times the radius stands out, so who wants the time sets `rho=0`. With "
     '`ascent="subspace"` from scratch a smaller radius is better.',
-    variants.ASCENT: '`"zo"` stays, as published. The directions that see the ascent need the '
-    "radii of SAM: at those that suit a blind probe the first moment destroys fine-tuning (STS-B).",
-    variants.TRANSPORT: '`"keep"` stays: what `"rotate"` gains here it neither gains in '
-    "fine-tuning nor in the main job (pretrain_tuning below).",
+    variants.ASCENT: '`"zo"` stays, as published: from scratch the directions that see more of the '
+    "ascent lose, or gain nothing.",
+    variants.TRANSPORT: '`"keep"` stays until a second model agrees: in the main job '
+    '`"rotate"` loses (pretrain_tuning below, one seed).',
     variants.SIDE: '`"std"` stays: the smaller moments of `"reverse_std"` cost loss.',
     variants.DTYPES: "Left to the user: moments in bfloat16 and int8 cost nothing that shows here.",
 }

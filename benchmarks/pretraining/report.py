@@ -22,7 +22,7 @@ def report(size, cells, records, folder):
         plots.curves(model, finals, ratios.get(model, {}), path)
         body += ["", f"![Losses of {model}](results/{folder.name}/{path.name})"]
         body += ["", *_differences(model, finals)]
-        findings += _findings(size, model, finals)
+    findings += _findings(size, finals)
     for swept, title in sweeps.TITLES.items():
         if sweep := sweeps.of(cells, records, swept):
             path = folder / f"{swept}-{size}.png"
@@ -152,19 +152,24 @@ def _differences(model, finals):
     ]
 
 
-def _findings(size, model, finals):
-    parts = []
-    for method in SUBJECTS:
-        against = [
-            f"{tables.t_interval(pairs, '%')} to {tables.NAMES[baseline]}'s"
-            for baseline in BASELINES
-            if (pairs := paired.over_texts(model, finals, method, baseline))
-        ]
-        if against:
-            parts.append(f"of {tables.NAMES[method]} {' and '.join(against)}")
-    if not parts:
+def _findings(size, finals):
+    """One sentence for all models."""
+    of_models = []
+    for model in dict.fromkeys(key[0] for key in finals):
+        parts = []
+        for method in SUBJECTS:
+            against = [
+                f"{tables.t_interval(pairs, '%')} to {tables.NAMES[baseline]}'s"
+                for baseline in BASELINES
+                if (pairs := paired.over_texts(model, finals, method, baseline))
+            ]
+            if against:
+                parts.append(f"of {tables.NAMES[method]} {' and '.join(against)}")
+        if parts:
+            of_models.append(f"with {model} parameters {', '.join(parts)}")
+    if not of_models:
         return []
     return [
-        f"**Loss.** Pre-training, {model} parameters ({size} size), relative difference of the "
-        f"validation loss: {'; '.join(parts)}."
+        f"**Loss.** Pre-training ({size} size), at a rank of a quarter of the width, relative "
+        f"difference of the validation loss: {'; '.join(of_models)}."
     ]
