@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from lorenza_optax._factored import Factored, materialize
 from lorenza_optax._factored_rules import RULES
 from lorenza_optax._noise import Noisy, is_stack
 
-__all__ = ["Materialized", "equations", "evaluate"]
+__all__ = ["Materialized", "evaluate"]
 
 
 class Materialized(dict[str, str]):
@@ -65,17 +65,6 @@ def evaluate(closed: Any, args: Sequence[Any], seen: Materialized) -> list[Any]:
         values.update(zip(eqn.outvars, outputs, strict=True))
         last = last if (found := _last_array(outputs)) is None else found
     return [read(atom) for atom in jaxpr.outvars]
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a program, those in its control flow included."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
 
 
 def _live(jaxpr: Any) -> list[Any]:

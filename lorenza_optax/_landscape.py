@@ -11,13 +11,14 @@ import jax.core
 import jax.numpy as jnp
 
 from lorenza_optax._calls import check_scalar
-from lorenza_optax._factored import Factored, factored, materialize
-from lorenza_optax._interpreter import Materialized, equations, evaluate
+from lorenza_optax._factored import materialize
+from lorenza_optax._interpreter import Materialized, evaluate
 from lorenza_optax._linalg import matmul
 from lorenza_optax._matrix_view import MatrixView
 from lorenza_optax._mesh import in_auto_mode
 from lorenza_optax._noise import Noise, Noisy
 from lorenza_optax._paths import leaves_by_path
+from lorenza_optax._traced import casts, formed, trace, weight_at
 
 __all__ = ["Displacement", "Landscape", "Subspaces", "landscape"]
 
@@ -131,15 +132,15 @@ def landscape(
         wide = _wide_enough(checked, arrays, full_paths | frozenset(() if cut else views))
         return Landscape(_plain_evaluation(checked, wide, subspaces), wide, seen, has_aux)
 
-    traced, rebuild = _trace(checked, arrays)
+    traced, rebuild = trace(checked, arrays)
     # Formed in bfloat16, W + P N would be W: leaves whose sum is needed must be wider, and where
     # the loss casts them first, the sum is formed before.
     narrow = {path for path in views if jnp.finfo(arrays[path].dtype).bits < 32}
-    found = _formed(traced, arrays, views) if narrow or _casts(traced) else Materialized()
+    found = formed(traced, arrays, views) if narrow or casts(traced) else Materialized()
     wide = _wide_enough(checked, arrays, full_paths | (narrow & set(found)))
     if any(wide[path].dtype != leaf.dtype for path, leaf in arrays.items()):
-        traced, rebuild = _trace(checked, wide)
-        found = _formed(traced, wide, views) if found else found
+        traced, rebuild = trace(checked, wide)
+        found = formed(traced, wide, views) if found else found
     rounded = {path for path in found.rounded if jnp.finfo(wide[path].dtype).bits >= 32}
     seen.update(found)
 
@@ -165,75 +166,11 @@ def landscape(
                 terms.append((*views[path].product(projectors[path], move.low[path]), vanishes))
             if products is not None and path in products:
                 terms.append((*views[path].product(*products[path]), True))
-            weight = _weight(path, leaf, views.get(path), terms)
+            weight = weight_at(path, leaf, views.get(path), terms)
             args.append(materialize(weight) if terms and path in rounded else weight)
         return rebuild(evaluate(traced, args, seen))
 
     return Landscape(at, wide, seen, has_aux)
-
-
-def _weight(path: str, leaf: jax.Array, view: MatrixView | None, terms: Any) -> Any:
-    if view is None or not terms:
-        return leaf
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    terms = [(left.astype(wide), right.astype(wide), zero) for left, right, zero in terms]
-    return factored(path, leaf, view, terms)
-
-
-def _trace(loss: Callable[[Arrays], Any], leaves: Arrays) -> tuple[Any, Callable[[Any], Any]]:
-    """The traced loss, and what puts its outputs together again."""
-    static: dict[str, Any] = {}
-
-    def flat(*values: jax.Array) -> list[Any]:
-        outputs, treedef = jax.tree.flatten(loss(dict(zip(leaves, values, strict=True))))
-        is_array = [isinstance(out, jax.core.Tracer) for out in outputs]
-        # What does not depend on the trace (constants, or no arrays at all) is handed on as it is.
-        static["rest"] = [None if a else out for a, out in zip(is_array, outputs, strict=True)]
-        static["is_array"], static["treedef"] = is_array, treedef
-        return [out for a, out in zip(is_array, outputs, strict=True) if a]
-
-    traced = jax.make_jaxpr(flat)(*leaves.values())
-
-    def rebuild(outputs: list[Any]) -> Any:
-        arrays = iter([formed(output) for output in outputs])
-        pairs = zip(static["is_array"], static["rest"], strict=True)
-        return static["treedef"].unflatten([next(arrays) if a else rest for a, rest in pairs])
-
-    def formed(output: Any) -> Any:
-        if isinstance(output, Noisy):
-            return output.formed()
-        return materialize(output) if isinstance(output, Factored) else output
-
-    return traced, rebuild
-
-
-def _casts(traced: Any) -> bool:
-    """Whether a program casts anything to less than 32 bits."""
-    return any(
-        jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-        for eqn in equations(traced.jaxpr)
-        if (dtype := eqn.params.get("new_dtype")) is not None
-    )
-
-
-def _formed(traced: Any, leaves: Arrays, views: Mapping[str, MatrixView]) -> Materialized:
-    """The leaves whose sum the program needs, found by evaluating it without numbers."""
-    found = Materialized()
-    zeros = {path: (jnp.zeros((*v.batch, v.m, 1)), jnp.zeros((*v.batch, 1, v.n)))
-             for path, v in views.items()}  # fmt: skip
-    weights = [
-        _weight(path, leaf, views.get(path), [(*zeros[path], False)] if path in zeros else [])
-        for path, leaf in leaves.items()
-    ]
-    jax.eval_shape(lambda args: _discard(evaluate(traced, args, found), found), weights)
-    return found
-
-
-def _discard(outputs: list[Any], found: Materialized) -> None:
-    """Nothing, but a note of weights that are returned and must not be rounded."""
-    for value in outputs:
-        if isinstance(value, Factored) and value.narrow:
-            found.setdefault(value.path, "output")
 
 
 def _plain_evaluation(

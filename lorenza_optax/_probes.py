@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
 from lorenza_optax._directions import Directions, Probe
-from lorenza_optax._interpreter import equations
 from lorenza_optax._landscape import Displacement, Landscape
+from lorenza_optax._traced import equations
 
 __all__ = ["ESTIMATORS", "estimate_weights", "slopes_along"]
 

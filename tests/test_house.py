@@ -31,6 +31,7 @@ LAYERS = [
     "_factored_shapes",
     "_factored_rules",
     "_interpreter",
+    "_traced",
     "_landscape",
     "_subspace",
     "_refresh",
