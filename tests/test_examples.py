@@ -211,6 +211,7 @@ def test_initial_loss_is_near_that_of_guessing():
 # The main job.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "names"),
     [

@@ -193,6 +193,7 @@ def sums(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "optimizer", "more", "share"),
     [

@@ -358,6 +358,7 @@ def test_resumes_bit_for_bit(tmp_path):
     chex.assert_trees_all_equal(_train(step, restored["params"], restored["state"], 3), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axis_type", [problems.slow(AxisType.Auto), AxisType.Explicit], ids=["auto", "explicit"]
 )

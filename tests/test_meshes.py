@@ -143,7 +143,7 @@ def _cells():
         for kind in (AxisType.Auto, AxisType.Explicit):
             plain = way == "value_fn"
             auto = plain or way.endswith("grad-sketch")
-            explicit = layout == "both" and not plain and "momentum" not in way
+            explicit = way in ("value_fn-subspace-sketch", "subspace_value_and_grad")
             usual = auto if kind == AxisType.Auto else explicit
             marks = () if usual else (pytest.mark.slow,)
             yield pytest.param(layout, way, kind, marks=marks, id=f"{layout}-{way}-{kind.name}")

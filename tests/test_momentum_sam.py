@@ -162,6 +162,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_meshes_give_the_numbers_of_one_device(axis_type):
     shapes = {"a": (12, 20), "b": (24, 10), "bias": (20,)}

@@ -60,6 +60,7 @@ def unbroken(start):
     return finished(start("unbroken"))
 
 
+@pytest.mark.slow
 def test_processes_agree_bit_for_bit_after_20_steps(unbroken):
     out, results = unbroken
     assert [result["step"] for result in results] == [20, 20]

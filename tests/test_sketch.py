@@ -283,6 +283,7 @@ def test_stagger_refreshes_each_matrix_once_in_an_interval():
     chex.assert_trees_all_close(*ends, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_factored_updates_are_the_same_in_place_or_multiplied_out():
     params = problems.params()
     gradient = jax.grad(problems.loss)(params, problems.batch())
