@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorenza_optax._paths import has_masked_nodes, leaves_by_path
+from lorenza_optax._paths import has_masked_nodes, shape_differences
 
 __all__ = ["check_call", "check_scalar", "check_shapes", "is_given", "wrapper_around"]
 
@@ -47,14 +47,11 @@ def check_call(updates: Any, params: Any, value_fn: Any) -> None:
 
 def check_shapes(leaves: Mapping[str, Any], gradients: Any) -> None:
     """Raises unless gradients have the shapes of the leaves of a plan."""
-    expected = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-    found = {path: tuple(jnp.shape(g)) for path, g in leaves_by_path(gradients).items()}
-    for path in [*expected, *found]:
-        if expected.get(path) != found.get(path):
-            raise ValueError(
-                f"The gradient has {found.get(path, 'nothing')} for leaf {path!r}, where the"
-                f" parameters have {expected.get(path, 'nothing')}."
-            )
+    for path, needed, found in shape_differences(dict(leaves), gradients):
+        found, needed = ("nothing" if shape is None else shape for shape in (found, needed))
+        raise ValueError(
+            f"The gradient has {found} for leaf {path!r}, where the parameters have {needed}."
+        )
 
 
 def _refuse_in_wrappers(params: Any) -> None:

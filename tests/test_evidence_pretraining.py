@@ -102,21 +102,21 @@ def test_from_trials_to_the_report_and_the_ablations(nano, monkeypatch):
 
     # Ablations change one thing of those runs.
     variants = ablations_variants.VARIANTS
-    kept = {name: variants[name]._replace(fine_tuning="") for name in ("sign",)}
+    kept = {name: variants[name]._replace(fine_tuning="") for name in ("sign", "rotate")}
     kept["same"] = kept["sign"]._replace(rho_factor=1.0)
     for function in (ablations.cells, ablations.report):
         monkeypatch.setitem(function.__globals__, "VARIANTS", kept)
     monkeypatch.setattr(ablations_plan, "PLACES", dict.fromkeys(("cpu", "full"), ("a", "b", 0)))
     assert run.main(["ablations", "--out", nano]) == 0
     changed, _ = experiments.read(nano / "ablations", ablations.cells("cpu"))
-    assert len(changed) == 2 * 2
+    assert len(changed) == 3 * 2
     base = result("a-stdlib-lorenza-seed0")["validation_loss"]
     losses = {
         name: changed[f"cpu-a-stdlib-lorenza-seed0-{name}"]["result"]["validation_loss"]
         for name in kept
     }
     assert losses.pop("same") == base
-    assert len({*losses.values(), base}) == 2
+    assert len({*losses.values(), base}) == 3
     text = report.build(nano, ["ablations"])
     assert "| as printed, -rho | LORENZA, zo |" in text
 

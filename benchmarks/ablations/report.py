@@ -39,14 +39,14 @@ PANELS = {
 
 def report(size, cells, records, folder):
     found, outdated = _differences(cells, records, folder.parent)
-    tables_of = _Columns(found)
+    columns_of = _Columns(found)
     rows, better, asked = [], [], None
     for name, variant in VARIANTS.items():
         if name not in found:
             continue
         question = variant.question if variant.question != asked else ""
         asked = variant.question
-        columns = tables_of.of(name)
+        columns = columns_of.of(name)
         rows.append([question, variant.label, _base(variant), *(c.shown() for c in columns)])
         if variant.is_of_default:
             better += [
@@ -55,7 +55,7 @@ def report(size, cells, records, folder):
                 if column.is_better()
             ]
     path = folder / f"changes-{size}.png"
-    _plot(tables_of, path)
+    _plot(columns_of, path)
     helpful = "none helps" if not better else f"these help: {'; '.join(better)}"
     findings = [
         f"**Defaults.** Of {len(rows)} changes ({size} size), those of LORENZA's defaults and "
@@ -72,7 +72,7 @@ def report(size, cells, records, folder):
         "",
         f"The defaults are {_defaults()}.",
         "",
-        *tables.markdown(["question", "changed to", "against", *tables_of.titles], rows),
+        *tables.markdown(["question", "changed to", "against", *columns_of.titles], rows),
         "",
         f"![Each change](results/{folder.name}/{path.name})",
     ]
@@ -143,6 +143,8 @@ class _Columns:
             _Column(f"loss, {place[1]}", LOSS, of.get(place, []), self._spreads[place])
             for place in self._losses
         ]
+        if not self._tasks:
+            return columns
         tasks = [of.get(place, []) for place in self._tasks]
         columns += [
             _Column(place[1], POINTS, values, None)
@@ -194,7 +196,8 @@ def _differences(cells, records, results):
         if cell["id"] not in records or base is None:
             continue
         ours, theirs = records[cell["id"]]["result"], base["result"]
-        if training.rates(cell, theirs) != {key: ours[key] for key in training.rates(cell, theirs)}:
+        rates = training.rates(cell, theirs)
+        if any(ours[key] != rate for key, rate in rates.items()):
             outdated.append(cell["id"])
         elif (difference := _difference(cell, ours, theirs)) is not None:
             found.setdefault(cell["variant"], {}).setdefault(_place(cell), []).append(difference)
