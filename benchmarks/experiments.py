@@ -11,7 +11,8 @@ An experiment is a package, named in MODULES, that exports four functions:
 A cell is a dict of JSON values that says all there is to say about one run. Of its keys these have
 a meaning here: "id" (letters, digits, "-", "_", "."; it names the file), "needs" (ids of earlier
 cells, whose results `run` gets as a dict by id), "seed", and for the estimates of time "group"
-(cells that take the same time for the same work) and "work" (in any unit, the same for all cells).
+(cells that take the same time for the same work), "work" and "experiment" (cells of one have one
+unit of work).
 While it runs, a cell tells `display.step(done, total, text)` of its progress.
 
 A finished cell is one file `<id>.json` in the experiment's folder, with the cell, the result and
@@ -167,17 +168,19 @@ def _commit():
 def estimates(cells, records):
     """{id: seconds} of all cells: finished ones as measured, others by those of their group.
 
-    None where nothing is finished yet.
+    Of a group without any, by all with the same unit of work; None where there are none yet.
     """
-    by_group, everything = {}, [0.0, 0.0]
+    by_group, by_unit = {}, {}
     for cell in cells:
         if record := records.get(cell["id"]):
-            for sums in (by_group.setdefault(cell.get("group"), [0.0, 0.0]), everything):
+            for known, key in ((by_group, "group"), (by_unit, "experiment")):
+                sums = known.setdefault(cell.get(key), [0.0, 0.0])
                 sums[0] += record["seconds"]
                 sums[1] += cell.get("work", 1)
     found = {}
     for cell in cells:
-        seconds, work = by_group.get(cell.get("group"), everything)
+        of_unit = by_unit.get(cell.get("experiment"), (0.0, 0.0))
+        seconds, work = by_group.get(cell.get("group"), of_unit)
         measured = records.get(cell["id"], {}).get("seconds")
         found[cell["id"]] = (
             measured if measured is not None

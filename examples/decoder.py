@@ -65,12 +65,18 @@ def read_config(folder, dtype):
     files = hub_files.read(folder)
     path, content = files.folder / "config.json", files.config
     kind = content.get("model_type")
-    if kind not in HAS_QKV_BIAS:
+    if not isinstance(kind, str) or kind not in HAS_QKV_BIAS:
         raise SystemExit(
             f"{path}: model_type is {kind!r}; this model is for {' and '.join(HAS_QKV_BIAS)}."
         )
-    if others := set(content.get("layer_types") or ()) - {"full_attention"}:
-        raise SystemExit(f"{path}: layer_types has {others.pop()!r}; this model has full_attention")
+    layer_types = content.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise SystemExit(f"{path}: layer_types is {layer_types!r}; it should be a list or null.")
+    if others := [kind for kind in layer_types if kind != "full_attention"]:
+        raise SystemExit(f"{path}: layer_types has {others[0]!r}; this model has full_attention.")
+    tied = content.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise SystemExit(f"{path}: tie_word_embeddings is {tied!r}; it should be true or false.")
     given = {f: content[key] for f, key in OPTIONAL_KEYS.items() if content.get(key) is not None}
     for field, value in given.items():
         hub_files.check_positive(path, OPTIONAL_KEYS[field], value)
@@ -84,7 +90,7 @@ def read_config(folder, dtype):
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=HAS_QKV_BIAS[kind],
-        tied=content.get("tie_word_embeddings", False),
+        tied=tied,
         **given,
     )
     return config, files

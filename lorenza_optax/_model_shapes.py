@@ -100,7 +100,7 @@ def _from_config(path: pathlib.Path) -> ModelSizes:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a config.json holds an object, not a {type(config).__name__}.")
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise ValueError(
             f"{path}: model_type is {kind!r}, and known are {', '.join(MODEL_TYPES)}. Pass the"
             " parameters themselves, or their jax.eval_shape, to memory_report."
@@ -131,6 +131,9 @@ def _from_config(path: pathlib.Path) -> ModelSizes:
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if dtype not in MODEL_DTYPES:
         raise ValueError(f"{path}: dtype {dtype!r} is none of {', '.join(MODEL_DTYPES)}.")
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ValueError(f"{path}: 'tie_word_embeddings' must be true or false, got {tied!r}.")
     is_bert = kind == "bert"
     return ModelSizes(
         name=f"{kind} of {path}",
@@ -142,7 +145,7 @@ def _from_config(path: pathlib.Path) -> ModelSizes:
         query_size=heads * head,
         key_value_size=head * (heads if is_bert else number("num_key_value_heads", heads)),
         biases=frozenset(biases),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=tied,
         max_positions=number("max_position_embeddings") if is_bert else 0,
         num_token_types=number("type_vocab_size", 2) if is_bert else 0,
         dtype=dtype,

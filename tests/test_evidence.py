@@ -118,6 +118,9 @@ def test_list_and_limit_estimate_from_finished_cells(toy, tmp_path, capsys):
     cells = toy.cells("cpu")
     expected = experiments.estimates(cells, experiments.read(tmp_path / "toy", cells)[0])
     assert expected == {"trial3": 30, "trial5": 30, "squared": 120, "other": 30}
+    records = experiments.read(tmp_path / "toy", cells)[0]
+    strange = [*cells, {"id": "strange", "group": "strange", "work": 9, "experiment": "another"}]
+    assert experiments.estimates(strange, records) == {**expected, "strange": None}
     capsys.readouterr()
     assert run.main(["toy", "--out", tmp_path, "--list"]) == 0
     printed = capsys.readouterr().out

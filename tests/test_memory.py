@@ -267,6 +267,8 @@ def test_configs_have_the_published_number_of_parameters(name, tmp_path):
         ("{", r"config.json: this is not a readable JSON file \(Expecting"),
         ("[]", "config.json: a config.json holds an object, not a list"),
         ({**LLAMA, "model_type": "mamba"}, "model_type is 'mamba', and known are llama, qwen2"),
+        ({**LLAMA, "model_type": ["llama"]}, r"model_type is \['llama'\], and known are"),
+        ({**LLAMA, "tie_word_embeddings": "no"}, "'tie_word_embeddings' must be true or false"),
         ({"hidden_size": 8}, "model_type is None"),
         ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, "json: the key 'vocab_size' is mi"),
         ({**BERT, "max_position_embeddings": None}, "key 'max_position_embeddings' is missing"),
