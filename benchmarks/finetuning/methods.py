@@ -135,5 +135,5 @@ METHODS = {
 }
 # What is complete first.
 FIRST = ("adamw", "galore", "sam", "lorenza_zo", "lorenza_subspace")
-REST = ("lora", "fira", "lorenza_plus", "vlorp", "adazo_sam", "lozo")
-LAST = ("mezo",)  # on a CPU the drawing of its noise takes longer than its passes
+REST = ("lora", "fira", "lorenza_plus", "vlorp", "adazo_sam")
+LONGER = ("lozo", "mezo")  # on a CPU MeZO's noise takes longer to draw than its passes

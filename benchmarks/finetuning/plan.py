@@ -4,7 +4,7 @@ import math
 import statistics
 from typing import NamedTuple
 
-from benchmarks.finetuning.methods import FIRST, HELD_OUT, LAST, METHODS, REST
+from benchmarks.finetuning.methods import FIRST, HELD_OUT, LONGER, METHODS, REST
 
 # Apart from those of the final runs, so that none of these has helped to choose. The second draw is
 # for the better half of the first: the luck of one may exceed what lies between two trials.
@@ -30,14 +30,16 @@ PLANS = {
     "cpu": Size(
         (256, 1024), 3, SHORT, {256: 4, 1024: 3}, {256: 256, 1024: 256},
         {
-            256: ((FIRST, LEARNED), (REST, LEARNED), (FIRST, HARD)),
+            256: (
+                (FIRST, LEARNED), (REST, LEARNED), (("lozo",), ("sst2",)), (FIRST, HARD),
+            ),
             1024: ((FIRST, LEARNED), (FIRST, HARD)),
         },
     ),
     "full": Size(
         (256, 1024, None), 10, LONG, {256: 6, 1024: 6, None: 3},
         {256: 256, 1024: 1024, None: 1024},
-        dict.fromkeys((256, 1024, None), tuple((m, tuple(LONG)) for m in (FIRST, REST, LAST))),
+        dict.fromkeys((256, 1024, None), tuple((m, tuple(LONG)) for m in (FIRST, REST, LONGER))),
     ),
 }  # fmt: skip
 SHARED = {"batch_size": 16, "rank": 8, "update_proj_gap": 20}
