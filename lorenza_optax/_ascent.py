@@ -216,7 +216,9 @@ def normalized(move: Displacement, subspaces: Subspaces) -> tuple[Displacement, 
     """The move scaled to length 1, and its length; both zero if that is 0 or not finite."""
     move = _wide(move)
     # Squares of entries as small as 1e-30 must not vanish before the division.
-    largest = [jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in jax.tree.leaves(move)]
+    largest = [
+        jnp.max(jnp.abs(leaf), initial=0).astype(jnp.float32) for leaf in jax.tree.leaves(move)
+    ]
     size = jnp.max(jnp.abs(jnp.stack(largest)))  # see `total`
     size = jnp.where(size > 0, size, 1)
     move = jax.tree.map(lambda leaf: (leaf / size).astype(leaf.dtype), move)

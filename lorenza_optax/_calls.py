@@ -11,11 +11,24 @@ import jax.numpy as jnp
 
 from lorenza_optax._paths import has_masked_nodes, shape_differences
 
-__all__ = ["check_call", "check_scalar", "check_shapes", "is_given", "wrapper_around"]
+__all__ = [
+    "INSTEAD",
+    "WITHOUT_GRADIENTS",
+    "check_call",
+    "check_scalar",
+    "check_shapes",
+    "is_given",
+    "wrapper_around",
+]
 
 INSTEAD = (
     "take the gradient outside with lorenza_optax.perturbed_value_and_grad(value_fn, ...)"
     "(params, ..., opt_state=opt_state) and pass it to update without value_fn"
+)
+
+WITHOUT_GRADIENTS = (
+    "use the method by itself, close value_fn over the parameters that shall stay as they are, and"
+    " give it the others"
 )
 
 # Wrappers that hand on gradients or counts of their own, and not those of this call.
@@ -32,8 +45,11 @@ def is_given(updates: Any, params: Any) -> bool:
     return bool(leaves) and not same
 
 
-def check_call(updates: Any, params: Any, value_fn: Any) -> None:
-    """Raises where ``update`` lacks an argument, or would not take the gradient that is meant."""
+def check_call(updates: Any, params: Any, value_fn: Any, instead: str = INSTEAD) -> None:
+    """Raises where ``update`` lacks an argument, or would not take the gradient that is meant.
+
+    What to do inside a wrapper that does not go with ``value_fn`` is said by ``instead``.
+    """
     if value_fn is None:
         if updates is None:
             raise ValueError("update got neither gradients nor value_fn=.")
@@ -42,7 +58,7 @@ def check_call(updates: Any, params: Any, value_fn: Any) -> None:
         return
     if params is None:
         raise ValueError("update(..., value_fn=...) needs params: the point to perturb.")
-    _refuse_in_wrappers(params)
+    _refuse_in_wrappers(params, instead)
 
 
 def check_shapes(leaves: Mapping[str, Any], gradients: Any) -> None:
@@ -54,7 +70,7 @@ def check_shapes(leaves: Mapping[str, Any], gradients: Any) -> None:
         )
 
 
-def _refuse_in_wrappers(params: Any) -> None:
+def _refuse_in_wrappers(params: Any, instead: str) -> None:
     """Raises inside a wrapper that does not hand on all that the gradient depends on.
 
     ``masked`` and ``partition`` show a part of the parameters only; ``MultiSteps``,
@@ -68,7 +84,7 @@ def _refuse_in_wrappers(params: Any) -> None:
     if wrapper:
         raise ValueError(
             f"update(..., value_fn=...) does not work inside {wrapper}, which does not hand on"
-            f" all that the gradient depends on. Instead, {INSTEAD}."
+            f" all that the gradient depends on. Instead, {instead}."
         )
 
 

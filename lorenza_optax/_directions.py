@@ -7,6 +7,7 @@ keys and never stored. Estimating the ascent (_ascent.py) needs nothing else of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -172,6 +173,9 @@ def normal_by_path(
         groups.setdefault((shapes[path], dtypes[path]), []).append(path)
     drawn = {}
     for (shape, dtype), paths in groups.items():
+        if not math.prod(shape):
+            drawn |= {path: jnp.zeros(shape, dtype) for path in paths}
+            continue
         hashes = jnp.asarray([path_hash(path) for path in paths], jnp.uint32)
         keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(hashes)
 

@@ -60,7 +60,9 @@ def unboxed(state: Any) -> Any:
 
 
 def _is_box(node: Any) -> bool:
-    return not isinstance(node, (tuple, dict)) and not jax.tree_util.all_leaves([node])
+    # As in `leaves_by_path`. Lists, None and classes of the user's own are no boxes.
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(node)]
+    return paths == [(jax.tree_util.GetAttrKey("value"),)] and not isinstance(node, tuple)
 
 
 def _array(leaf: Any) -> jax.Array:

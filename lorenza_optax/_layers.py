@@ -175,15 +175,38 @@ def _numbered_paths(plan: ProjectionPlan) -> dict[str, tuple[int, int]]:
             members = families.setdefault(path[: hit.start()], {})
             members.setdefault(hit.group(), {})[path[hit.end() :]] = path
     found: dict[str, tuple[int, int]] = {}
+    unlike: dict[str, str] = {}
     for stem in sorted(families, key=len):  # outer ones first
         members = list(families[stem].values())
         kinds = [{rest: _kind(plan.leaves[path]) for rest, path in m.items()} for m in members]
-        if len(members) < 2 or any(kind != kinds[0] for kind in kinds):
+        if len(members) < 2:
+            continue
+        if (different := _difference(kinds)) is not None:
+            unlike[stem] = different
             continue
         for number, member in families[stem].items():
             span = (len(stem), len(stem) + len(number))
             found |= {path: span for path in member.values() if path not in found}
+    for stem, different in unlike.items():
+        inside = [
+            number
+            for number, member in families[stem].items()
+            if any(found.get(path, (0,))[0] > len(stem) for path in member.values())
+        ]
+        if len(inside) > 1:  # of one alone the layers may well be a part
+            raise ValueError(
+                f"{stem + inside[0]!r}, {stem + inside[1]!r} and so on would be layers, but are not"
+                f" alike in {different!r}: pass layers=, a regular expression with a group for the"
+                " layer's number, for the leaves that all of them have."
+            )
     return {path: found[path] for path in plan.leaves if path in found}
+
+
+def _difference(kinds: list[dict[str, Any]]) -> str | None:
+    """The first path in which some differ, None for none."""
+    paths = dict.fromkeys(path for kind in kinds for path in kind)
+    different = (p for p in paths if any(kind.get(p) != kinds[0].get(p) for kind in kinds))
+    return next((path.lstrip("/") for path in different), None)
 
 
 def _kind(leaf: LeafPlan) -> Any:

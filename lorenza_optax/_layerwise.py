@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorenza_optax._calls import check_shapes
 from lorenza_optax._checks import check_int, check_not_injected, check_transformation, value_at
 from lorenza_optax._compose import by_backprop
 from lorenza_optax._config import LowRankConfig
@@ -155,6 +156,7 @@ def layerwise(
             config.ascent, updates, state.rest, params, value_fn, extra_args
         )
         plan, leaves = config.plan(params), leaves_by_path(params)
+        check_shapes(plan.leaves, gradients)
         found = found_in(plan)
         if state.active.shape != (num_layers,):
             raise ValueError(
@@ -197,9 +199,9 @@ def layerwise(
         full = leaves_by_path(of_others) | of_active(scattered, of_stacks, like=inner_leaves)
         trained = of_active(masked, leaves, like=leaves)
         new_updates, decay_state = decay.update(
-            rebuild([full[path] for path in leaves]),
+            rebuild([full[path] for path in given]),
             state.weight_decay,
-            rebuild([trained[path] for path in leaves]),
+            rebuild([trained[path] for path in given]),
         )
         count = optax.safe_increment(state.count)
         return new_updates, LayerwiseState(count, active, decay_state, stage_state, inside, outside)

@@ -212,8 +212,9 @@ def lorenza(
         everywhere in benchmarks/RESULTS.md.
       ascent: How A is found. "zo": the published probes. "subspace": the exact direction, by one
         more backward pass in the subspace; leaves that are not projected are perturbed too, by
-        their own gradient. "momentum": the first moment, at no extra pass; "signed_momentum"
-        turns it uphill by one probe. "none": not at all.
+        their own gradient, and frozen ones as well: put ``jax.lax.stop_gradient`` on these in the
+        loss. "momentum": the first moment, at no extra pass; "signed_momentum" turns it uphill
+        by one probe. "none": not at all.
       estimator: "jvp" takes each slope d_j exactly by forward-mode differentiation, "central"
         and "forward" by differences of the loss; "auto" is "jvp", or "central" where the loss
         has no forward-mode rule (``jax.custom_vjp``).

@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorenza_optax._calls import check_call, check_shapes, is_given
+from lorenza_optax._calls import (
+    INSTEAD,
+    WITHOUT_GRADIENTS,
+    check_call,
+    check_shapes,
+    is_given,
+)
 from lorenza_optax._checks import value_at
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._fit import check_same_tree
@@ -64,7 +70,8 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[Any, LowRankState]:
         if config.prefers_given and is_given(updates, params):
             value_fn = None  # a stage in front may have changed the gradient, or taken SAM's
-        check_call(updates, params, value_fn)
+        zeroth_order = config.zeroth_order is not None
+        check_call(updates, params, value_fn, WITHOUT_GRADIENTS if zeroth_order else INSTEAD)
         in_subspaces = isinstance(updates, SubspaceGradients)
         tree = params if in_subspaces or updates is None else updates
         plan = config.plan(tree if params is None else params)

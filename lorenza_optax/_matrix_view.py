@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -144,7 +145,8 @@ class MatrixView:
 
 
 def _axes(axis: Sequence[int] | int, ndim: int) -> tuple[int, ...]:
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    axes = tuple(map(operator.index, axes))  # NumPy's integers too
     if not all(-ndim <= a < ndim for a in axes):
         raise ValueError(f"an axis is out of range for {ndim} dimensions")
     return tuple(a % ndim for a in axes)

@@ -77,6 +77,9 @@ def _plus(array: jax.Array, noise: Noise, decay: Any) -> jax.Array:
     shape, axis = _parts(array.shape)
     if shape[axis] == 1:
         return _plus_whole(array, noise, decay)
+    if axis == 0 and jax.device_count() > 1:  # each device of a mesh may hold other layers
+        layers = jnp.arange(shape[0])
+        return jax.vmap(lambda one, i: _plus(one, noise.of_part(i), decay))(array, layers)
 
     def part(index: jax.Array, whole: jax.Array) -> jax.Array:
         one = jax.lax.dynamic_index_in_dim(whole, index, axis, keepdims=False)

@@ -64,7 +64,8 @@ def perturbed_value_and_grad(
         that both functions take in one dict.
       mu: Smoothing radius μ.
       num_probes: Number q of probes.
-      ascent: "zo", "subspace", "momentum", "signed_momentum" or "none".
+      ascent: "zo", "subspace", "momentum", "signed_momentum" or "none". What perturbs all leaves
+        perturbs frozen ones too: put ``jax.lax.stop_gradient`` on these in the loss.
       estimator: "auto", "jvp", "central" or "forward".
       probe_batch_size: How many probes are evaluated at once.
       perturb_every: Perturb each k-th step only.
@@ -227,7 +228,7 @@ def _view(
     if path not in arrays:
         raise ValueError(
             f"opt_state projects a leaf {path!r} that params do not have: it was made for other"
-            " parameters."
+            " parameters, or by methods.owlore, whose layers lie in stacks of their own."
         )
     shape, q, r = arrays[path].shape, state.q.get(path), state.r.get(path)
     try:

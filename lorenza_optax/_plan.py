@@ -95,7 +95,7 @@ class ProjectionPlan:
         groups: dict[Any, list[str]] = {}
         for path, leaf in self.projected.items():
             view = leaf.matrix
-            key = (view.m, view.n, view.compressed, leaf.rank, leaf.compute_dtype)
+            key = (view.m, view.n, view.compressed, leaf.rank, leaf.dtype)
             groups.setdefault(key, []).append(path)
         return [tuple(paths) for paths in groups.values()]
 

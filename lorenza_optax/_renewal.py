@@ -37,6 +37,10 @@ __all__ = [
 Arrays = dict[str, jax.Array]
 Stacks = dict[str, jax.Array]
 
+# A head that begins at zero hides the gradient of what is below it in one update, and a warm-up of
+# the learning rate from 0 in one more.
+FIRST_TRIES = 4
+
 Find = Callable[[LeafPlan, list[Any], Stacks], Factors]
 """(any of some like leaves, what is known of them, what the state keeps) -> their new factors."""
 
@@ -49,7 +53,9 @@ class NewSubspaces(NamedTuple):
       overlaps: C = P_newᵀ P_old by path ([b,] r, r).
       overlap: The mean of ‖C‖² / r over all matrices.
       refreshed: Whether all of them are new. A matrix whose decomposition does not converge keeps
-        its old subspace, and the refresh stays due.
+        its old subspace, and the refresh stays due. So does one whose gradient is zero, which has
+        no directions; for that a refresh stays due in the first few updates only, as a matrix
+        may be unused.
       changed: Whether the inner state has to follow; the overlaps say how.
     """
 
@@ -90,7 +96,8 @@ def renewed(
     before = unchanged(plan, state)
     q, r, values = before.subspaces
     good = {p: jnp.ones(leaf.matrix.batch, bool) for p, leaf in plan.projected.items()}
-    kept = {"q": q, "r": r, "values": values, "overlap": before.overlaps, "good": good}
+    kept = {"q": q, "r": r, "values": values, "overlap": before.overlaps}
+    kept |= {"good": good, "found": good}
     new: dict[str, Arrays] = {name: {} for name in kept}
     for paths, batches, in_turn in plan.stacks:
         old = {
@@ -104,7 +111,10 @@ def renewed(
     goods = new["good"].values()
     number = sum(good.size for good in goods)
     failed = total(jnp.sum(~good) for good in goods)
-    refreshed, changed = (jnp.asarray(active) & which for which in (failed == 0, failed < number))
+    lacking = total(jnp.sum(~found) for found in new["found"].values())
+    waits = (state.last_refresh < 0) & (state.count < FIRST_TRIES - 1)
+    refreshed = jnp.asarray(active) & (jnp.where(waits, lacking, failed) == 0)
+    changed = jnp.asarray(active) & (failed < number)
     shares = (jnp.sum(jnp.square(c)) / c.shape[-1] for c in new["overlap"].values())
     mean = total(shares) / number
     overlap = jnp.where(refreshed, mean.astype(jnp.float32), state.subspace_overlap)
@@ -113,23 +123,35 @@ def renewed(
 
 
 def _renew(leaf: LeafPlan, find: Find, old: Stacks, known: list[Any]) -> Stacks:
-    """A stack of matrices with new factors, but for those whose decomposition failed."""
+    """A stack of matrices with new factors, but for those of which none were found.
+
+    "good" says whose decomposition converged, and "found" whose gradient was not zero either.
+    """
     view = leaf.matrix
     p, k, values = find(leaf, known, old)
     p_old = view.projector(old.get("q"), old.get("r"))
     p, k, overlap = align_signs(p, k, project(p, p_old.astype(p.dtype)))
     good = jnp.isfinite(jnp.sum(p * p, (-2, -1)) + jnp.sum(k * k, (-2, -1)))
+    found = good & ~functools.reduce(jnp.logical_and, map(_are_zero, known))
+    # The first time any directions will do: without some the matrix would not move at all.
+    taken = found | (good & ~jnp.any(p_old != 0, (-2, -1)))
     left, right = view.product(p, k)
-    new = {"q": left, "r": right, "values": values, "overlap": overlap, "good": good}
+    new = {"q": left, "r": right, "values": values, "overlap": overlap}
+    told = {"good": good, "found": found}
     same = jnp.eye(leaf.rank, dtype=old["overlap"].dtype)
     old = old | {"overlap": jnp.broadcast_to(same, overlap.shape)}
 
     def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
         # Probes may need fewer rows of the factor that does not project.
         new = new[tuple(slice(size) for size in old.shape)].astype(old.dtype)
-        return jnp.where(good.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+        return jnp.where(taken.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-    return {name: good if name == "good" else chosen(new[name], old[name]) for name in old}
+    return {name: told[name] if name in told else chosen(new[name], old[name]) for name in old}
+
+
+def _are_zero(leaves: list[jax.Array]) -> jax.Array:
+    """Of each matrix of a stack (B) whether it is zero."""
+    return stacked([jnp.all(g == 0, (-2, -1)) for g in leaves], [g.shape[:-2] for g in leaves])
 
 
 def from_gradient(

@@ -67,7 +67,9 @@ def standing_still(
             moved = _direction(project(projectors[path], oriented))
             moved -= state.displacement["direction"][path]
             speed = jnp.linalg.norm(moved, axis=(-2, -1)) / age
-            found[path] = (age % every == 0) & (speed < threshold)
+            # A gradient of zero does not stand still: it has no direction.
+            moves = jnp.any(matrices[path] != 0, (-2, -1))
+            found[path] = (age % every == 0) & (speed < threshold) & moves
         return found
 
     looks = total(jnp.sum(age % every == 0) for age in ages.values()) > 0
@@ -179,7 +181,7 @@ def _refresh_one(
     left, right = view.product(projector, partner)
     left = None if old_q is None else left[..., : old_q.shape[-1]]
     right = None if old_r is None else right[..., : old_r.shape[-2], :]
-    good = jnp.isfinite(jnp.sum(new_q) + jnp.sum(new_r))
+    good = jnp.isfinite(jnp.sum(new_q) + jnp.sum(new_r)) & jnp.any(matrix != 0)
     chosen = jnp.where(good, index, len(layers))  # beyond them: leave all as it is
 
     def install(place: tuple[str, int | None]) -> tuple[Any, Any, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -79,8 +79,7 @@ def prepare(
     """
     wide = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in gradients.items()}
     energy = {path: jnp.sum(jnp.square(g)) for path, g in wide.items()}
-    # Refuses inf and nan, and also what would overflow in a second moment.
-    usable = jnp.isfinite(total(energy.values()))
+    usable = _is_usable(config, plan, energy.values())
     matrices = {path: leaf.matrix.matrix(wide[path]) for path, leaf in plan.projected.items()}
     new = unchanged(plan, state)
     first = usable & (state.last_refresh < 0)
@@ -138,11 +137,23 @@ def prepare_low(
     """The same from a gradient that is in the subspaces already."""
     low = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in low.items()}
     others = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in others.items()}
-    usable = jnp.isfinite(total(jnp.sum(g * g) for g in (*low.values(), *others.values())))
+    energy = [jnp.sum(g * g) for g in (*low.values(), *others.values())]
+    usable = _is_usable(config, plan, energy)
     old = (state.q, state.r, state.singular_values)
     no = jnp.zeros((), bool)
     shares = (state.captured_energy, state.subspace_overlap)
     return Prepared(low, others, old, {}, no, no, usable, *shares, state.displacement, {})
+
+
+def _is_usable(
+    config: LowRankConfig, plan: ProjectionPlan, energy: Iterable[jax.Array]
+) -> jax.Array:
+    """Refuses inf and nan, and also what would overflow in a second moment."""
+    largest = total(energy)
+    if config.subspace in RANDOM:  # P Pᵀ G may be up to 4 k times as large as G
+        k = max((leaf.matrix.compressed_size for leaf in plan.projected.values()), default=1)
+        largest *= (4.0 * k) ** 2
+    return jnp.isfinite(largest)
 
 
 def complete(

@@ -142,19 +142,21 @@ class LowRankUpdate(Unformed):
             # can be updated in place.
             return view.leaf(moved(view.matrix(leaf), left, right))
         # XLA makes all the products L R of a program first, and then the sums: a copy of all
-        # weights. What a loop makes has an end. A stack is taken matrix by matrix; of a single one
-        # every eighth row, because rows that lie together may all be on one device of a mesh.
+        # weights. What a loop makes has an end. On one device a stack is taken matrix by matrix; of
+        # a mesh each may hold other matrices. There, and of a single one, every eighth row is
+        # taken, because rows that lie together may all be on one device, too.
+        in_turn = bool(view.batch) and jax.device_count() == 1
         axis, stack = 0, (*view.batch, view.m, view.n)
-        if not view.batch:
-            blocks = math.gcd(view.m, 8)
-            axis, stack = 1, (view.m // blocks, blocks, view.n)
-            left = left.reshape(*stack[:2], -1)
+        if not in_turn:
+            blocks, axis = math.gcd(view.m, 8), len(view.batch) + 1
+            stack = (*view.batch, view.m // blocks, blocks, view.n)
+            left = left.reshape(*stack[:-1], -1)
 
         def part(index: jax.Array, stack: jax.Array) -> jax.Array:
             def take(x: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
 
-            new = moved(take(stack), take(left), take(right) if view.batch else right)
+            new = moved(take(stack), take(left), take(right) if in_turn else right)
             return jax.lax.dynamic_update_index_in_dim(stack, new, index, axis)
 
         whole = jax.lax.fori_loop(0, stack[axis], part, leaf.reshape(stack))

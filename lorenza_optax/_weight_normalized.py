@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorenza_optax._calls import check_shapes
 from lorenza_optax._checks import check_transformation, value_at
 from lorenza_optax._config import LowRankConfig
 from lorenza_optax._fit import check_same_tree
@@ -93,11 +94,12 @@ def weight_normalized(
         gradients, ascent = given_or_taken_gradient(
             config.ascent, updates, before, params, value_fn, extra_args
         )
+        plan = config.plan(params)
+        check_same_tree(config, plan, before)
+        check_shapes(plan.leaves, gradients)
         gradients, stage_state = stage.update(
             gradients, state.gradient_transform, params, **extra_args
         )
-        plan = config.plan(params)
-        check_same_tree(config, plan, before)
         given, leaves = leaves_by_path(gradients), leaves_by_path(params)
         weights = {path: leaves[path] for path in plan.projected}
         slopes_of_w = {path: given[path] for path in plan.projected}

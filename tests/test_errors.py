@@ -172,6 +172,7 @@ def test_an_ascent_along_moments_that_are_not_kept(ascent):
         (lambda: lorenza(1e-2, subspace="gaussian"), ValueError, "no singular vectors"),
         (lambda: lorenza(1e-2, subspace="power_iteration"), ValueError, "not for this method"),
         (lambda: methods.mezo(1e-2, variant="best"), ValueError, "variant must be one of"),
+        (lambda: methods.zo_muon(1e-2, others_scale=-1.0), ValueError, "others_scale must be at"),
     ],
 )
 def test_bad_arguments_of_the_family(make, error, message):
@@ -188,6 +189,13 @@ def test_gradients_that_are_not_of_the_parameters():
             tx.update({"kernel": kernel, "bias": jnp.ones(12)}, state, params)
     with pytest.raises(ValueError, match="'more', where the parameters have nothing"):
         tx.update({**params, "more": jnp.ones(3)}, state, params)
+    tx = methods.gradnormlorp(1e-3, rank=4)
+    with pytest.raises(ValueError, match=r"has \(12, 16\) for leaf 'kernel'"):
+        tx.update({"kernel": jnp.ones((12, 16)), "bias": jnp.ones(12)}, tx.init(params), params)
+    layers, tx = [params] * 3, methods.owlore(1e-3, rank=4, num_layers=2)
+    for others in (2 * [params], 4 * [params]):
+        with pytest.raises(ValueError, match="for leaf '[23]/(kernel|bias)'"):
+            tx.update(others, tx.init(layers), layers)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import lorenza_optax
 from lorenza_optax import WeightDimensionNumbers
+from lorenza_optax._matrix_view import matrix_view
+from lorenza_optax._noise import Noise, plus_noise
+from lorenza_optax._update import LowRankUpdate
 
 SHAPES = {"in": (16, 24), "out": (24, 16), "layers": (2, 16, 16), "bias": (16,)}
 NUMBERS = {
@@ -264,3 +267,28 @@ def test_no_weight_or_gradient_is_gathered_but_by_adamw_too(layout, refresh, way
     assert not summed - usual
     assert refresh == "gradient" or not summed
     assert bool(usual) == (layout != "tensor-parallel")  # or nothing was looked at
+
+
+def test_updates_in_place_gather_no_stack_of_experts(monkeypatch):
+    """Each device has its own matrices, and the numbers are those of one that takes turns."""
+    shape, keys = (8, 256, 256), jax.random.split(jax.random.key(0), 4)
+    stack, left, right = (
+        jax.random.normal(key, s)
+        for key, s in zip(keys[1:], (shape, (8, 256, 9), (8, 9, 256)), strict=True)
+    )
+    view = matrix_view(shape, WeightDimensionNumbers(1, 2))
+
+    def moved(stack, left, right, keys):
+        update = LowRankUpdate(0.1, stack.dtype, view, left, right)
+        return plus_noise(update.added_to(stack), Noise(keys, jnp.ones(1)))
+
+    of_stack = NamedSharding(_mesh(AxisType.Auto), P(("data", "model")))
+    arguments = (*jax.device_put((stack, left, right), of_stack), keys[:1])
+    lowered = jax.jit(moved, out_shardings=of_stack, donate_argnums=0).lower(*arguments)
+    compiled = lowered.compile()
+    assert "all-gather" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < stack.nbytes / 8
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    jax.clear_caches()
+    expected = jax.jit(moved)(stack, left, right, keys[:1])
+    chex.assert_trees_all_close(compiled(*arguments), expected, rtol=1e-5, atol=1e-5)

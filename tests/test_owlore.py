@@ -282,6 +282,9 @@ SCANNED = {"kernel": (4, 6, 8), "norm": {"scale": (4, 6)}}
          (3, {"b/N/kernel"}, {f"a/{i}/{name}" for i in range(2) for name in NAMES})),
         ({"scan": SCANNED, "final": {"scale": (9,)}}, None, {"scan": {"kernel": THREE}},
          (4, {"scan/kernel", "scan/norm/scale"}, {"final/scale"})),
+        # blocks within one of several numbered parts
+        ({"p_0": (9, 6), "p_1": {"h_0": (6, 6), "h_1": (6, 6)}}, None, None,
+         (2, {"p_1/h_N"}, {"p_0"})),
         ({"wq": (4, 6, 8), "norm": (4, 6), "table": (9, 6)}, "^(?:wq|norm)$", {"wq": THREE},
          (4, {"wq", "norm"}, {"table"})),
     ],
@@ -300,6 +303,15 @@ def test_finds_layers(shapes, pattern, numbers, expected):
         ({"a": (6, 8)}, "a", None, "'a' of shape .* has no axis for them"),
         ({"scan": SCANNED, "x": (3, 6, 8)}, "scan|x", {"x": THREE}, "disagree.*x: 3"),
         ({"a": {"b": (6, 8)}}, "a/(.)", None, "must be a layer's number, got 'b'"),
+        (
+            {
+                "b_0": {"d_0": (6, 6), "d_1": (6, 6), "proj": (6, 6)},
+                "b_1": {"d_0": (6, 6), "d_1": (6, 6)},
+            },
+            None,
+            None,
+            "'b_0', 'b_1' and so on .* not alike in 'proj'",
+        ),
     ],
 )
 def test_says_what_it_found_where_layers_are_not_clear(shapes, pattern, numbers, message):

@@ -153,6 +153,12 @@ def test_table_counts_what_is_kept():
     assert f"{kept:,}" in text
 
 
+def test_axes_may_be_numpys_numbers():
+    params, axes = {"k": jnp.ones((16, 8))}, WeightDimensionNumbers(np.int64(0), (np.int32(1),))
+    plan = lorenza_optax.projection_plan(params, 4, weight_dimension_numbers=axes)
+    assert (plan.leaves["k"].matrix.m, plan.leaves["k"].matrix.n) == (16, 8)
+
+
 def test_bad_trees_name_the_leaf():
     with pytest.raises(ValueError, match="proj_type must be one of"):
         projection_plan({}, 2, proj_type="rigth")

@@ -122,6 +122,17 @@ def test_the_loss_does_as_its_gradient(name):
     assert loss(params, X) < loss(TREES[tree][0], X)
 
 
+@pytest.mark.parametrize("name", [n if n in QUICK else problems.slow(n) for n in FACTORIES])
+def test_gradients_may_lie_in_another_order(name):
+    """As of a loss that was written on a plain dict of the same leaves."""
+    params = OrderedDict(z=_matrix(1), layers=[{"k": _matrix(i)} for i in (2, 3, 4)], a=_matrix(5))
+    gradients = jax.tree.map(lambda p: p + 1, params)
+    tx = _make(name)
+    expected, _ = tx.update(gradients, tx.init(params), params)
+    found, _ = tx.update(dict(gradients), tx.init(params), params)
+    chex.assert_trees_all_close(found, dict(expected), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", [n if n == "mezo" else problems.slow(n) for n in ZEROTH_ORDER])
 def test_forward_passes_alone(name):
     params, loss = TREES["NamedTuple"][0], _loss("NamedTuple")

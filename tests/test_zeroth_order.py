@@ -362,6 +362,10 @@ def test_the_loss_is_needed(name):
 
 
 def test_wrong_choices_are_refused():
+    params = {"w": jnp.ones((16, 8)), "b": jnp.ones(8)}
+    masked = optax.masked(methods.mezo(1e-2), {"w": True, "b": False})
+    with pytest.raises(ValueError, match="Instead, use the method by itself, close value_fn over"):
+        masked.update(params, masked.init(params), params, value_fn=lambda p: 0.0)
     with pytest.raises(ValueError, match=r"use mezo\(learning_rate"):
         methods.scale_by_mezo(variant="conservative")
     with pytest.raises(ValueError, match="variant must be one of"):

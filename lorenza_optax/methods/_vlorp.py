@@ -58,8 +58,9 @@ def vlorp(
       rank: Rank r, as in :func:`lorenza_optax.lorenza`, of one piece; so are those without a
         note. Leaves of which the pieces have no more than r entries run Adam.
       update_proj_gap: T, in updates; 30 to 100 in the published runs.
-      granularity: c, which must divide k (other leaves run Adam, with a warning); below 1, 1 / c
-        vectors make one and l must be divisible.
+      granularity: c, which must divide k; below 1, 1 / c vectors make one and l must be divisible.
+        Leaves that it does not fit run Adam, with a warning; where weight_dimension_numbers
+        choose them it raises.
       scale: α, factor of the projected leaves' updates.
       b1: β₁.
       b2: β₂.

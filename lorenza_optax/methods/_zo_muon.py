@@ -6,6 +6,7 @@ from typing import Any
 
 import optax
 
+from lorenza_optax._checks import check_constant
 from lorenza_optax._compose import by_forward_passes, with_learning_rate, without_learning_rate
 from lorenza_optax._config import Coordinates
 from lorenza_optax._inner_rules import orthogonalize
@@ -91,6 +92,7 @@ def zo_muon(
 
 
 def _build(others_scale: float, **axes: Any) -> optax.GradientTransformationExtraArgs:
+    check_constant("others_scale", others_scale, 0)
     coordinates = Coordinates(
         of_normal=lambda normal, *_: normal,
         shape=lambda leaf: leaf.low_rank_shape,

@@ -1,0 +1,135 @@
+"""What is rare but legal: gradients of zero, huge ones, leaves without entries, mixed dtypes."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lorenza_optax
+from lorenza_optax import methods
+from tests import problems
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+STACK = {"weight_dimension_numbers": lorenza_optax.WeightDimensionNumbers(-2, -1)}
+SHAPES = {"known": (16, 8), "stack": (3, 16, 8)}
+REFRESHING = {
+    "galore": lambda: methods.galore(1e-2, 4, update_proj_gap=6, **STACK),
+    "staggered": lambda: lorenza_optax.lorenza(
+        1e-2, 4, update_proj_gap=6, rho=0.0, stagger=True, **STACK
+    ),
+    "rotating": lambda: lorenza_optax.lorenza(
+        1e-2, 4, update_proj_gap=6, rho=0.0, moment_transport="rotate", **STACK
+    ),
+    "lotus": lambda: methods.lotus(1e-2, 4, check_every=1, threshold=10.0, **STACK),
+}
+
+
+def _steps(tx, zero_at, steps=10):
+    """The states after updates of which some have no gradient for the stack's second matrix."""
+    params = problems.params(shapes=SHAPES)
+    state, step, states = tx.init(params), jax.jit(tx.update), []
+    for t in range(steps):
+        gradients = problems.params(seed=t, shapes=SHAPES)
+        if t in zero_at:
+            gradients["stack"] = gradients["stack"].at[1].set(0)
+        _, state = step(gradients, state, params)
+        states.append(state[0])
+    return states
+
+
+def _projector(state):
+    return np.asarray(state.r["stack"][1])
+
+
+@pytest.mark.parametrize("name", REFRESHING)
+def test_a_gradient_of_zero_takes_no_subspace_away(name):
+    states = _steps(REFRESHING[name](), {6})
+    for state in states[6:8] if name != "lotus" else states[6:7]:
+        np.testing.assert_array_equal(_projector(state), _projector(states[5]))
+    assert np.any(np.asarray(states[6].r["stack"][0]) != np.asarray(states[5].r["stack"][0])) or (
+        name == "staggered"  # whose turns the first matrix has at another time
+    )
+
+
+@pytest.mark.parametrize("name", REFRESHING)
+def test_the_first_subspace_waits_for_a_gradient(name):
+    """As under a head that begins at zero; but not for a matrix that is never used."""
+    dense = lambda state: np.count_nonzero(_projector(state)) == _projector(state).size  # noqa: E731
+    states = _steps(REFRESHING[name](), {0, 1}, 4)
+    assert [int(state.last_refresh) for state in states[:3]] == [-1, -1, 2]
+    assert dense(states[2])
+    states = _steps(REFRESHING[name](), set(range(10)), 4)
+    assert [int(state.last_refresh) for state in states] == [-1, -1, -1, 3]
+    assert np.linalg.matrix_rank(_projector(states[3])) == 4
+
+
+@pytest.mark.parametrize("name", ["galore", "gum", problems.slow("lotus"), problems.slow("cosmos")])
+def test_leaves_of_one_shape_and_two_dtypes(name):
+    params = {"a": jnp.ones((16, 8)), "b": jnp.ones((16, 8), jnp.bfloat16)}
+    gradients = problems.params(shapes={"a": (16, 8), "b": (16, 8)})
+    alone = {}
+    tx = getattr(methods, name)(1e-2, rank=4)
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    for path in params:
+        one = {path: params[path]}
+        alone |= tx.update({path: gradients[path]}, tx.init(one), one)[0]
+    assert updates["b"].dtype == jnp.bfloat16
+    if name != "gum":  # which draws among the matrices of a shape
+        chex.assert_trees_all_close(updates, alone, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [4e18, 1.2e19])
+@pytest.mark.parametrize("name", ["vlorp", "projfactor"])
+def test_nothing_that_overflows_is_kept(name, size):
+    """Of G with a finite norm, P Pᵀ G with a random P may have none."""
+    params = {"w": jnp.ones((256, 128))}
+    of = {"vlorp": {"granularity": 1}, "projfactor": {"subspace": "gaussian"}}[name]
+    tx = getattr(methods, name)(1e-2, rank=1, **of)
+    good = problems.params(shapes={"w": (256, 128)})
+    state = tx.init(params)
+    for gradient in (good, {"w": jnp.zeros((256, 128)).at[3, 4].set(size)}, good):
+        updates, state = tx.update(gradient, state, params)
+        assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state))
+    assert jnp.all(updates["w"] != 0)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        methods.mezo(1e-2),
+        lorenza_optax.adazo_sam(1e-2),
+        lorenza_optax.lorenza(1e-2, 4, ascent="subspace"),
+        optax.chain(methods.sam(), optax.sgd(1e-2)),
+    ],
+    ids=["mezo", "adazo_sam", "lorenza", "sam"],
+)
+def test_leaves_without_entries(tx):
+    params = {"kernel": jnp.ones((16, 8)), "empty": jnp.zeros((0, 3))}
+    loss = lambda p: jnp.sum((p["kernel"] @ jnp.ones(8)) ** 2)  # noqa: E731
+    updates, _ = tx.update(None, tx.init(params), params, value_fn=loss)
+    assert jax.tree.map(jnp.shape, updates) == {"kernel": (16, 8), "empty": (0, 3)}
+    assert jnp.any(updates["kernel"] != 0)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda w: {"layers": [w, w]}, lambda w: [w, w], lambda w: {"w": w, "none": None}],
+    ids=["dict of lists", "list", "None"],
+)
+def test_states_that_hold_trees_like_the_parameters(wrap):
+    params = wrap(jnp.ones((16, 8)))
+    tx = lorenza_optax.momentum_sam(optax.adam(1e-2), rho=0.05)
+    updates, state = tx.update(params, tx.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    clean = lorenza_optax.momentum_sam_eval_params(state, moved)
+    distance = optax.tree.norm(jax.tree.map(jnp.subtract, moved, clean))
+    np.testing.assert_allclose(distance, 0.05, rtol=1e-4)
+
+    tx = lorenza_optax.lorenza(1e-2, 4, gradient_transform=optax.ema(0.9))
+    loss = lambda p: sum(jnp.sum(jnp.square(leaf @ jnp.eye(8))) for leaf in jax.tree.leaves(p))  # noqa: E731
+    state = tx.init(params)
+    _, gradients = lorenza_optax.perturbed_value_and_grad(loss)(params, opt_state=state)
+    jax.tree.map(lambda g, p: np.testing.assert_allclose(g, 2 * p, rtol=0.1), gradients, params)
+    assert int(lorenza_optax.diagnostics(state)["skipped_steps"]) == 0
