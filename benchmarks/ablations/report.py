@@ -23,8 +23,9 @@ DECISIONS = {
     '`ascent="subspace"` from scratch a smaller radius is better.',
     variants.ASCENT: '`"zo"` stays, as published: from scratch the directions that see more of the '
     "ascent lose, or gain nothing.",
-    variants.TRANSPORT: '`"keep"` stays until a second model agrees: in the main job '
-    '`"rotate"` loses (pretrain_tuning below, one seed).',
+    variants.TRANSPORT: '`"keep"` stays: `"rotate"` gains on the smaller Llama and loses as much '
+    "or more on the larger, as in the main job (pretrain_tuning below); in fine-tuning it changes "
+    "nothing that can be seen.",
     variants.SIDE: '`"std"` stays: the smaller moments of `"reverse_std"` cost loss.',
     variants.DTYPES: "Left to the user: moments in bfloat16 and int8 cost nothing that shows here.",
 }
@@ -48,12 +49,8 @@ def report(size, cells, records, folder):
         asked = variant.question
         columns = columns_of.of(name)
         rows.append([question, variant.label, _base(variant), *(c.shown() for c in columns)])
-        if variant.is_of_default:
-            better += [
-                f"{variant.question}: {variant.label} ({column.title} {column.shown()})"
-                for column in columns
-                if column.is_better()
-            ]
+        if variant.is_of_default and (words := _better(columns)):
+            better.append(f"{variant.question}: {variant.label} ({words})")
     path = folder / f"changes-{size}.png"
     _plot(columns_of, path)
     helpful = "none helps" if not better else f"these help: {'; '.join(better)}"
@@ -81,6 +78,15 @@ def report(size, cells, records, folder):
     body += ["", "What they led to:", ""]
     body += [f"- {question}: {text}" for question, text in DECISIONS.items()]
     return experiments.Section(findings, body)
+
+
+def _better(columns):
+    """Where a change is better, and where worse; "" if it is better nowhere."""
+    better, worse = (
+        ", ".join(f"{column.title} {column.shown()}" for column in columns if holds(column))
+        for holds in (_Column.is_better, _Column.is_worse)
+    )
+    return better and better + (f"; but worse in {worse}" if worse else "")
 
 
 def again(size, cells, records):
