@@ -301,10 +301,12 @@ def test_findings_follow_the_numbers(tmp_path, monkeypatch, factor, words):
     monkeypatch.setitem(flatness.report.__globals__, "_plot", lambda *arguments: None)
     cells, records = stored(factor)
     found = flatness.report("cpu", cells, records, tmp_path)
-    headline, zo, subspace, goes = found.findings
+    headline, zo, subspace, sam, goes = found.findings
     assert f"LORENZA, zo {words} than GaLore (" in headline
     assert f"LORENZA, zo {words} than GaLore on" in zo
     assert "LORENZA, subspace is sharper" in subspace
+    for text in (headline, sam):
+        assert "SAM is sharper (by 3 of 3 measures)" in text
     # Independently: the mean of logarithms and its t interval.
     logs = [
         np.log(records[f"{t}-lorenza_zo-{s}"]["result"]["train"]["largest"]
