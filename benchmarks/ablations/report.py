@@ -19,7 +19,8 @@ DECISIONS = {
     "apart. With the exact direction the printed one lowers the loss of these short runs from "
     "scratch, as looking ahead downhill would; that is not what SAM is for.",
     variants.RADIUS: "0.05 stays, for want of a difference: with the published probe nothing from "
-    "no perturbation to ten times the radius stands out, so who wants the time sets `rho=0`. With "
+    "no perturbation to three times the radius stands out (ten times costs on STS-B), so who wants "
+    "the time sets `rho=0`. With "
     '`ascent="subspace"` from scratch a smaller radius is better.',
     variants.ASCENT: '`"zo"` stays, as published: from scratch the directions that see more of the '
     "ascent lose, or gain nothing.",

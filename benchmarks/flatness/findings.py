@@ -63,9 +63,10 @@ def headline(by_kind):
         subjects = _of_subjects(here)
         words = [
             f"{NAMES[method]} is {_verdict(logs)} than {NAMES[BASELINE]} (largest eigenvalue "
-            f"of the Hessian {shown(logs['largest'])} times {NAMES[BASELINE]}'s)"
+            f"of the Hessian {shown(logs['largest'])} times {NAMES[BASELINE]}'s; on held-out "
+            f"examples {_verdict(_logs(here, method, 'test'))})"
             for method, logs in subjects.items()
-            if method in (next(iter(subjects)), CONTROL)  # the others' are in the section
+            if method != "lorenza_plus"  # which is in the section
         ]
         if score := _with_score(here):
             words.append(f"flatness {score[0]}")
@@ -90,7 +91,8 @@ def of_kind(kind, size, here):
         )
         found.append(
             f"{TITLES[kind]} ({size} size): {NAMES[method]} is {_verdict(logs)} than "
-            f"{NAMES[BASELINE]} on training examples. Ratios: {', '.join(ratios)}."
+            f"{NAMES[BASELINE]} on training examples, and on held-out ones "
+            f"{_verdict(_logs(here, method, 'test'))}. Ratios: {', '.join(ratios)}."
         )
     if score := _with_score(here):
         found.append(
@@ -102,11 +104,12 @@ def of_kind(kind, size, here):
 
 def _of_subjects(here):
     """{method: {measure: logarithms of ratios on training examples}}, of those with any."""
-    ratios = {
-        method: {measure: log_ratios(here, method, measure, "train") for measure in MEASURES}
-        for method in SUBJECTS
-    }
+    ratios = {method: _logs(here, method, "train") for method in SUBJECTS}
     return {method: logs for method, logs in ratios.items() if logs["largest"]}
+
+
+def _logs(here, method, part):
+    return {measure: log_ratios(here, method, measure, part) for measure in MEASURES}
 
 
 def _verdict(logs):
@@ -158,7 +161,8 @@ def _with_score(here):
         if counts[sign]
     ]
     of = f"of {len(found)} correlations, p < {LEVEL}"
-    goes = "goes with" if counts[-1] else "goes against"
+    with_or_against = "either way with" if counts[1] else "with"
+    goes = f"goes {with_or_against if counts[-1] else 'against'}"
     verdict = (
         f"{goes} the score ({' and '.join(words)} {of})" if words
         else f"is not shown to go with the score (in none {of})"
