@@ -38,7 +38,7 @@ METHODS = {
 STAGES = ("zo_sam_perturbation", "sam", "asam")  # which keep nothing of a gradient
 
 
-def _methods(*left_out, slow=("sam",)):  # whatever SAM does, ASAM does too
+def _methods(*left_out, slow=("sam", "asam")):  # a stage as zo_sam_perturbation
     return [problems.slow(m) if m in slow else m for m in METHODS if m not in left_out]
 
 
@@ -234,7 +234,7 @@ def test_inject_hyperparams(name, dtype):
     assert set(state_two.hyperparams) == set(schedules)
 
 
-@pytest.mark.parametrize("method", _methods(slow=("lorenza", "lorenza_plus", "sam")))
+@pytest.mark.parametrize("method", _methods(slow=("lorenza", "lorenza_plus", "sam", "asam")))
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 # test_meshes.py has LORENZA in every layout.
 @pytest.mark.parametrize("spec", [problems.slow(P("x", None)), P("x", "y")], ids=str)
@@ -308,7 +308,9 @@ class NnxNet(nnx.Module):
         return x
 
 
-@pytest.mark.parametrize("method", _methods(slow=("lorenza_plus", "lorenza-rotate-bf16", "sam")))
+@pytest.mark.parametrize(
+    "method", _methods(slow=("lorenza_plus", "lorenza-rotate-bf16", "sam", "asam"))
+)
 def test_nnx_optimizer(method):
     model = NnxNet(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, METHODS[method](), wrt=nnx.Param)
@@ -339,7 +341,7 @@ def test_nnx_optimizer(method):
     assert jax.tree.structure(nnx.as_pure(optimizer.opt_state)) == structure
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, problems.slow(False)])
 @pytest.mark.parametrize(
     "make", ["lorenza", "lorenza-subspace", "zo_sam_perturbation", problems.slow("sam"), "asam"]
 )

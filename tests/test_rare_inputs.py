@@ -80,7 +80,7 @@ def test_leaves_of_one_shape_and_two_dtypes(name):
         chex.assert_trees_all_close(updates, alone, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("size", [4e18, 1.2e19])
+@pytest.mark.parametrize("size", [problems.slow(4e18), 1.2e19])
 @pytest.mark.parametrize("name", ["vlorp", "projfactor"])
 def test_nothing_that_overflows_is_kept(name, size):
     """Of G with a finite norm, P Pᵀ G with a random P may have none."""
