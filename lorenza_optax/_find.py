@@ -60,9 +60,11 @@ def unboxed(state: Any) -> Any:
 
 
 def _is_box(node: Any) -> bool:
-    # As in `leaves_by_path`. Lists, None and classes of the user's own are no boxes.
+    # As in `leaves_by_path`: None and classes of the user's own are no boxes.
+    if isinstance(node, (tuple, list, dict)):
+        return False
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(node)]
-    return paths == [(jax.tree_util.GetAttrKey("value"),)] and not isinstance(node, tuple)
+    return paths == [(jax.tree_util.GetAttrKey("value"),)]
 
 
 def _array(leaf: Any) -> jax.Array:

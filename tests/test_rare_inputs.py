@@ -45,12 +45,12 @@ def _projector(state):
 
 @pytest.mark.parametrize("name", REFRESHING)
 def test_a_gradient_of_zero_takes_no_subspace_away(name):
-    states = _steps(REFRESHING[name](), {6})
-    for state in states[6:8] if name != "lotus" else states[6:7]:
-        np.testing.assert_array_equal(_projector(state), _projector(states[5]))
-    assert np.any(np.asarray(states[6].r["stack"][0]) != np.asarray(states[5].r["stack"][0])) or (
-        name == "staggered"  # whose turns the first matrix has at another time
-    )
+    tx, turns = REFRESHING[name](), {6, 7, 8, 9}  # in which each matrix is refreshed
+    states = _steps(tx, turns)
+    for t in turns:
+        np.testing.assert_array_equal(_projector(states[t]), _projector(states[5]))
+    states = _steps(tx, set())
+    assert np.any(_projector(states[9]) != _projector(states[5]))
 
 
 @pytest.mark.parametrize("name", REFRESHING)
