@@ -52,6 +52,10 @@ VARIANTS = {
         RADIUS, '3 rho, ascent="subspace"', None, 3.0,
         pretraining="lorenza_subspace", fine_tuning="lorenza_subspace",
     ),
+    # The smaller of the radii that its tuning offers was the better one on each task.
+    "rho_third_sam": Variant(
+        RADIUS, "rho / 3, SAM", None, 1 / 3, pretraining="", fine_tuning="sam"
+    ),
     "central_small": _only_pretraining(
         DIFFERENCE, "central, mu = 1e-4", changes={"estimator": "central", "mu": 1e-4}
     ),

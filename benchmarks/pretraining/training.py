@@ -39,7 +39,7 @@ class Model(NamedTuple):
 MODELS = {
     "cpu": {
         "0.5M": Model(llama.LlamaConfig(hidden_size=96, intermediate_size=256), 250, 24, 3, 1.0),
-        "1.9M": Model(llama.PRESETS["tiny"].model, 200, 48, 1, 3.0),
+        "1.9M": Model(llama.PRESETS["tiny"].model, 200, 48, 3, 3.0),
     },
     "full": {
         "60M": Model(llama.PRESETS["60M"].model, 2000, 128, 3, 100.0),
