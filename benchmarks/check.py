@@ -4,7 +4,8 @@
     python -m benchmarks.check pretraining memory
 
 The same machine and versions give the same losses to the bit; others round otherwise, and training
-carries that on. So each figure has an interval, narrower than what one seed differs from another.
+carries that on. So each figure has an interval, as wide as one seed may differ from another: it
+finds what is broken, and not small differences.
 """
 
 import sys

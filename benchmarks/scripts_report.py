@@ -20,9 +20,11 @@ SCRIPTS = {
     "zeroth_order_memory": "Memory of zeroth-order steps beyond a forward pass",
 }
 MAIN_JOB = (
-    "One seed, both at the best of few learning rates. LORENZA has a second step size in its "
-    "`scale`, here 0.5; AdamW with the same freedom is level with it (next table), and over more "
-    "seeds, tuned alike, LORENZA stays behind it at this rank (pretraining above)."
+    "One seed, both at the best of what was tried, 14 settings of LORENZA and 4 rates of AdamW, "
+    "chosen by this same loss. LORENZA has a second step size in its `scale`, here 0.5; AdamW with "
+    "the same freedom is level with it (next table, run at another time with an older version, "
+    "whose figures differ in the third digit). Of three seeds and two texts, tuned alike and apart "
+    "from what is reported, the same model is in pretraining above."
 )
 PLACES = ("unrolled", "scanned")
 

@@ -20,7 +20,7 @@ from benchmarks import (  # noqa: E402
     run,
     tables,
 )
-from benchmarks.finetuning import bootstrap, inputs, methods, plan, training  # noqa: E402
+from benchmarks.finetuning import inputs, methods, paired, plan, training  # noqa: E402
 
 # The runner, on an experiment that adds.
 
@@ -165,38 +165,34 @@ def test_report_is_made_of_stored_cells(toy, tmp_path):
     assert f"jax {jax.__version__}" in text
 
 
-# The bootstrap.
+# Paired differences.
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "matthews", "pearson"])
-def test_bootstrap_against_direct_computation(metric):
+def test_paired_differences_against_direct_computation(metric):
     rng = np.random.default_rng(0)
     labels_N = rng.integers(0, 2, 12).astype(float)
     first_SxN, second_SxN = rng.integers(0, 2, (2, 3, 12)).astype(float)
     if metric == "pearson":
         labels_N, first_SxN = labels_N + rng.normal(size=12), rng.normal(size=(3, 12)) + labels_N
-    estimate, samples_R = bootstrap.replicates(metric, labels_N, first_SxN, second_SxN, 5, 50)
+    found = paired.paired(metric, labels_N, first_SxN, second_SxN, 5, 50)
 
-    def score(labels, predictions):
-        return training.glue.METRICS[metric](labels, predictions)
+    def difference(seed, examples):
+        of = training.glue.METRICS[metric]
+        first, second = (x[seed, examples] for x in (first_SxN, second_SxN))
+        return of(labels_N[examples], first) - of(labels_N[examples], second)
 
-    def difference(seeds, examples):
-        return np.mean([
-            score(labels_N[examples], first_SxN[s, examples])
-            - score(labels_N[examples], second_SxN[s, examples])
-            for s in seeds
-        ])  # fmt: skip
-
-    assert estimate == pytest.approx(difference(range(3), range(12)))
-    # The same draws, written out as lists of examples and of seeds.
-    rng = np.random.default_rng(5)
-    of_examples = rng.multinomial(12, np.full(12, 1 / 12), 50)
-    of_seeds = rng.multinomial(3, np.full(3, 1 / 3), 50)
-    expected = [
-        difference(np.repeat(np.arange(3), s), np.repeat(np.arange(12), e))
-        for s, e in zip(of_seeds, of_examples, strict=True)
-    ]
-    np.testing.assert_allclose(samples_R, expected, atol=1e-12)
+    by_seed = [difference(seed, np.arange(12)) for seed in range(3)]
+    np.testing.assert_allclose(found.by_seed, by_seed, atol=1e-12)
+    # The same draws, written out as lists of examples.
+    counts = np.random.default_rng(5).multinomial(12, np.full(12, 1 / 12), 50)
+    drawn = [np.repeat(np.arange(12), count) for count in counts]
+    replicates = [[difference(seed, examples) for examples in drawn] for seed in range(3)]
+    covariance = np.cov(replicates)
+    common = np.mean([covariance[0, 1], covariance[0, 2], covariance[1, 2]])
+    own = np.mean(np.diag(covariance)) - common
+    assert found.of_examples == pytest.approx(max(0, common))
+    assert found.of_seeds == pytest.approx(max(np.var(by_seed, ddof=1), own) / 3)
 
 
 def test_intervals_have_the_width_that_theory_gives():
@@ -204,25 +200,39 @@ def test_intervals_have_the_width_that_theory_gives():
     labels = np.zeros(400)
     # Seeds that are alike: what is left is the variance of examples.
     first, second = (np.tile(rng.random(400) < share, (100, 1)) for share in (0.2, 0.3))
-    estimate, samples = bootstrap.replicates("accuracy", labels, first, second, 0)
-    found = bootstrap.interval(estimate, samples, seeds=100)
-    paired = (first == 0).astype(float) - (second == 0)
-    width = 2 * 1.96 * paired.std() / 20
+    part = paired.paired("accuracy", labels, first, second)
+    found = paired.interval([part])
+    width = 2 * 1.96 * ((first == 0).astype(float) - (second == 0)).std() / 20
     assert found.high - found.low == pytest.approx(width, rel=0.1)
-    both = bootstrap.mean_over_tasks([(estimate, samples), (estimate, rng.permutation(samples))])
-    halved = bootstrap.interval(*both, seeds=100, tasks=2)
-    assert halved.estimate == pytest.approx(estimate)
+    halved = paired.interval([part, part])
+    assert halved.estimate == pytest.approx(found.estimate)
     assert halved.high - halved.low == pytest.approx(width / 2**0.5, rel=0.1)
     # Three seeds that differ and examples that do not: Student's t.
     of_seeds = np.array([0.0, 0.25, 1.0])
     first = np.where(np.arange(400) < 400 * of_seeds[:, None], 0, 1)
-    found = bootstrap.interval(
-        *bootstrap.replicates("accuracy", labels, first, np.ones((3, 400)), 0), seeds=3
-    )
+    found = paired.interval([paired.paired("accuracy", labels, first, np.ones((3, 400)))])
     low, high = tables.t_edges(of_seeds)
     assert found.high - found.low == pytest.approx(high - low, rel=0.1)
-    same = bootstrap.replicates("accuracy", labels, first, first, 0)
-    assert bootstrap.interval(*same, seeds=3) == (0, 0, 0)
+    same = paired.paired("accuracy", labels, first, first)
+    assert paired.interval([same]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("of_seeds", [0.0, 0.2])
+def test_intervals_hold_the_truth_as_often_as_they_say(of_seeds):
+    """Of three seeds, whose examples flip here and there by themselves, and of two tasks."""
+    rng, holds = np.random.default_rng(0), []
+    for _ in range(200):
+        parts = []
+        for _ in range(2):
+            # The methods differ on a fifth of the examples, and do so in favour of either.
+            is_easy = rng.random(300) < 0.8
+            share = 0.5 + rng.normal(0, of_seeds, (3, 1))
+            first = is_easy | (rng.random((3, 300)) < share)
+            second = is_easy | (rng.random((3, 300)) < 0.5)
+            parts.append(paired.paired("accuracy", np.ones(300), first, second, count=200))
+        found = paired.interval(parts)
+        holds.append(found.low <= 0 <= found.high)
+    assert np.mean(holds) >= 0.92
 
 
 # Fine-tuning.
@@ -322,7 +332,7 @@ def test_report_of_all_tasks_has_averages_and_findings(tmp_path):
                     labels, predictions = labels.astype(float), predictions + rng.normal(size=40)
                 name = f"{task}-{method}-{seed}"
                 cells.append({"id": name, "kind": "final", "task": task, "method": method,
-                              "examples": 9})  # fmt: skip
+                              "examples": 9, "epochs": 2, **plan.SHARED})  # fmt: skip
                 metrics = training.glue.TASKS[task].metrics
                 records[name] = {"result": {
                     "labels": training.stored(labels),

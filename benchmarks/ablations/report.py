@@ -11,6 +11,8 @@ import lorenza_optax
 from benchmarks import experiments, finetuning, pretraining, tables
 from benchmarks.ablations import training, variants
 from benchmarks.ablations.variants import VARIANTS
+from benchmarks.finetuning import paired
+from benchmarks.finetuning.paired import Difference
 
 # What the measurements led to, by question. A default changes where a change is better beyond its
 # interval in one place and not worse in any other.
@@ -42,7 +44,7 @@ PANELS = {
 def report(size, cells, records, folder):
     found, outdated = _differences(cells, records, folder.parent)
     columns_of = _Columns(found)
-    rows, better, asked = [], [], None
+    rows, better, worse, asked = [], [], [], None
     for name, variant in VARIANTS.items():
         if name not in found:
             continue
@@ -50,23 +52,27 @@ def report(size, cells, records, folder):
         asked = variant.question
         columns = columns_of.of(name)
         rows.append([question, variant.label, _base(variant), *(c.shown() for c in columns)])
-        if variant.is_of_default and (words := _better(columns)):
-            better.append(f"{variant.question}: {variant.label} ({words})")
+        if variant.is_of_default:
+            for found_so, holds in ((better, _Column.is_better), (worse, _Column.is_worse)):
+                places = [f"{column.title} {column.shown()}" for column in columns if holds(column)]
+                if places:
+                    found_so.append(f"{variant.question}: {variant.label} ({', '.join(places)})")
     path = folder / f"changes-{size}.png"
     _plot(columns_of, path)
-    helpful = "none helps" if not better else f"these help: {'; '.join(better)}"
     findings = [
-        f"**Defaults.** Of {len(rows)} changes ({size} size), those of LORENZA's defaults and "
-        f"beyond an interval of 95 %, {helpful}. (Rows share their unchanged runs, and of forty "
-        "one seems to help by chance.)"
+        f"**Defaults.** {len(rows)} changes, one at a time ({size} size). Of those that change "
+        f"LORENZA's defaults, beyond an interval of 95 %, these help: "
+        f"{'; '.join(better) or 'none'}. These harm: {'; '.join(worse) or 'none'}. (Rows share "
+        "their unchanged runs, and of forty one seems to help by chance.)"
     ]
     body = [
         "Each row is a tuned run of pre-training (the loss, in percent; less is better) and of "
         "fine-tuning (points; more is better) with one change, against the unchanged run of the "
-        "same method, seed and data, with t intervals of 95 %. Two or three seeds say little of "
-        "their own spread: losses go by the standard deviation that all rows of a column have in "
-        "common, points, where some changes fail, by that of their own row, of all tasks about the "
-        "mean of each. The learning rates are those tuned for the unchanged run, which favours it.",
+        "same method, seed and data, with intervals of 95 %. Those of losses are by Student's t, "
+        "over seeds (of several texts, their mean), with the standard deviation that all rows of "
+        "a column have in common, as two or three seeds say little of their own; those of points "
+        "are as under finetuning, over seeds and examples. The learning rates are those tuned for "
+        "the unchanged run, which favours it.",
         "",
         f"The defaults are {_defaults()}.",
         "",
@@ -79,15 +85,6 @@ def report(size, cells, records, folder):
     body += ["", "What they led to:", ""]
     body += [f"- {question}: {text}" for question, text in DECISIONS.items()]
     return experiments.Section(findings, body)
-
-
-def _better(columns):
-    """Where a change is better, and where worse; "" if it is better nowhere."""
-    better, worse = (
-        ", ".join(f"{column.title} {column.shown()}" for column in columns if holds(column))
-        for holds in (_Column.is_better, _Column.is_worse)
-    )
-    return better and better + (f"; but worse in {worse}" if worse else "")
 
 
 def again(size, cells, records):
@@ -107,27 +104,30 @@ def again(size, cells, records):
 
 
 class _Column(NamedTuple):
-    """A change's differences in one place."""
+    """A change's difference in one place."""
 
     title: str
     experiment: str
-    values: list
-    spread: tables.Spread | None  # None for their own
+    found: Difference | None = None  # without edges, of one seed
 
     def shown(self):
-        return tables.t_interval(self.values, "%" * (self.experiment == LOSS), 2, self.spread)
-
-    def edges(self):
-        return tables.t_edges(self.values, self.spread) if len(self.values) > 1 else None
+        if self.found is None:
+            return "-"
+        unit = " %" * (self.experiment == LOSS)
+        estimate, *edges = self.found
+        if None in edges:
+            return f"{estimate:+.2f}{unit} (one seed)"
+        return f"{estimate:+.2f}{unit} ({edges[0]:+.2f} to {edges[1]:+.2f})"
 
     def is_better(self):
-        if not (edges := self.edges()):
-            return False
-        return edges[1] < 0 if self.experiment == LOSS else edges[0] > 0
+        return self._is_beyond(-1 if self.experiment == LOSS else 1)
 
     def is_worse(self):
-        mirrored = self._replace(values=[-value for value in self.values])
-        return mirrored.is_better()
+        return self._is_beyond(1 if self.experiment == LOSS else -1)
+
+    def _is_beyond(self, sign):
+        edges = () if self.found is None else self.found[1:]
+        return bool(edges) and None not in edges and min(sign * edge for edge in edges) > 0
 
 
 class _Columns:
@@ -147,20 +147,17 @@ class _Columns:
     def of(self, name):
         of = self._found.get(name, {})
         columns = [
-            _Column(f"loss, {place[1]}", LOSS, of.get(place, []), self._spreads[place])
+            _Column(f"loss, {place[1]}", LOSS, _of_losses(of.get(place, ()), self._spreads[place]))
             for place in self._losses
         ]
         if not self._tasks:
             return columns
-        tasks = [of.get(place, []) for place in self._tasks]
+        tasks = [of.get(place) for place in self._tasks]
         columns += [
-            _Column(place[1], POINTS, values, None)
-            for place, values in zip(self._tasks, tasks, strict=True)
+            _Column(place[1], POINTS, task and _of_points([task]))
+            for place, task in zip(self._tasks, tasks, strict=True)
         ]
-        # An average of tasks counts each alike.
-        whole = len({len(values) for values in tasks}) == 1
-        together = [value for values in tasks for value in values] if whole else []
-        return [*columns, _Column("all tasks", POINTS, together, tables.pooled(tasks))]
+        return [*columns, _Column("all tasks", POINTS, _of_points(tasks) if all(tasks) else None)]
 
     @property
     def titles(self):
@@ -170,6 +167,19 @@ class _Columns:
         """The smaller Llama, or all tasks."""
         columns = [column for column in self.of(name) if column.experiment == experiment]
         return columns[0 if experiment == LOSS else -1] if columns else None
+
+
+def _of_losses(percents, spread):
+    if not percents:
+        return None
+    edges = tables.t_edges(percents, spread) if len(percents) > 1 else (None, None)
+    return Difference(statistics.fmean(percents), *edges)
+
+
+def _of_points(tasks):
+    if any(len(task.by_seed) == 1 for task in tasks):
+        return Difference(statistics.fmean(float(task.by_seed[0]) for task in tasks), None, None)
+    return paired.interval(tasks)
 
 
 def _place(cell):
@@ -191,8 +201,8 @@ def _score(task):
 
 
 def _differences(cells, records, results):
-    """({variant: {place: differences from the unchanged runs}}, [cells made at other rates])."""
-    found, outdated, bases = {}, [], {}
+    """({variant: {place: a loss's percents by seed, or Paired points}}, [cells of other rates])."""
+    pairs, outdated, bases = {}, [], {}
     for module in (pretraining, finetuning):
         experiment = module.__name__.rpartition(".")[2]
         bases[experiment], _ = experiments.read(
@@ -206,18 +216,27 @@ def _differences(cells, records, results):
         rates = training.rates(cell, theirs)
         if any(ours[key] != rate for key, rate in rates.items()):
             outdated.append(cell["id"])
-        elif (difference := _difference(cell, ours, theirs)) is not None:
-            found.setdefault(cell["variant"], {}).setdefault(_place(cell), []).append(difference)
+        else:
+            of = pairs.setdefault(cell["variant"], {}).setdefault(_place(cell), [])
+            of.append((cell, ours, theirs))
+    found = {
+        variant: {place: of for place, runs in by_place.items() if (of := _paired(place, runs))}
+        for variant, by_place in pairs.items()
+    }
     return found, outdated
 
 
-def _difference(cell, result, base):
-    if cell["experiment"] == LOSS:
-        ours, theirs = result["validation_loss"], base["validation_loss"]
-        return None if None in (ours, theirs) else 100 * (ours / theirs - 1)
-    name = glue.TASKS[cell["task"]].metrics[0]
-    ours, theirs = result["metrics"][name], base["metrics"][name]
-    return None if None in (ours, theirs) else 100 * (ours - theirs)
+def _paired(place, runs):
+    if place[0] == POINTS:
+        return paired.of_results(place[1], *([run[i] for run in runs] for i in (1, 2)))
+    by_seed = {}
+    for cell, ours, theirs in runs:
+        losses = ours["validation_loss"], theirs["validation_loss"]
+        if None not in losses:
+            by_seed.setdefault(cell["seed"], []).append(100 * (losses[0] / losses[1] - 1))
+    # One seed's runs on several texts share their initial weights.
+    texts = len({cell["text"] for cell, *_ in runs})
+    return [statistics.fmean(of) for of in by_seed.values() if len(of) == texts]
 
 
 def _defaults():
@@ -234,12 +253,13 @@ def _plot(columns, path):
         axes.axvline(0, color="gray", linewidth=1)
         for row, name in enumerate(names):
             column = columns.of_plot(name, experiment)
-            if column is None or not column.values:
+            if column is None or column.found is None:
                 continue
-            mean = statistics.fmean(column.values)
+            estimate, *edges = column.found
             color = "C2" if column.is_better() else "C3" if column.is_worse() else "C0"
-            axes.plot(column.edges() or (mean, mean), [row, row], color=color)
-            axes.plot(mean, row, "o", color=color)
+            if None not in edges:
+                axes.plot(edges, [row, row], color=color)
+            axes.plot(estimate, row, "o", color=color)
         # Wide intervals of few seeds would hide the rest.
         axes.set_xscale("symlog", linthresh=1.0)
         axes.set_xlabel(title)

@@ -16,7 +16,7 @@ RESULTS = experiments.RESULTS / "family.json"
 # forward pass (3: forward, and twice as much backward); when to choose it.
 ROWS = {
     "adamw": ("2 k l", 3, "it fits, and you want no surprises", None),
-    "lorenza": ("2 r l + r (k + l)", 5, "memory and flat minima", "../_lorenza"),
+    "lorenza": ("2 r l + r (k + l)", 5, "the ascents of this page, in low rank", "../_lorenza"),
     "lorenza_plus": ("2 r l + r (k + l)", 5, "LORENZA, with a full gradient to spare",
                      "../_lorenza_plus"),
     "adazo_sam": ("2 k l", 5, "Adam's memory fits, and generalization is what lacks",

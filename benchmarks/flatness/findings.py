@@ -1,4 +1,4 @@
-"""What the stored numbers say of flatness: ratios to GaLore, correlation with the scores.
+"""What the stored numbers say of flatness: ratios to a baseline, correlation with the scores.
 
 `here` is {(task, method): results by seed} of one kind of training.
 """
@@ -21,18 +21,23 @@ PARTS = ("train", "test")
 BASELINE = "galore"
 CONTROL = "sam"  # which is made for flat minima: what it does not show, nobody can
 SUBJECTS = ("lorenza_zo", "lorenza", "lorenza_subspace", "lorenza_plus", CONTROL)
-LEVEL = 0.05
+ENOUGH = 2  # of the three measures: of so many intervals one is beyond 1 by chance
 TITLES = {"finetuning": "Fine-tuning", "pretraining": "Pre-training"}
 
 
-def log_ratios(here, method, measure, part, only=None):
+def baseline(method):
+    """The same without perturbation, at the same rank."""
+    return "adamw" if method == CONTROL else BASELINE
+
+
+def log_ratios(here, method, measure, part, only=None, base=BASELINE):
     """Of all pairs of a task and a seed that both have; those without a logarithm are left out."""
     pairs = [
-        (result[part][measure], here[task, BASELINE][seed][part][measure])
+        (result[part][measure], here[task, base][seed][part][measure])
         for (task, name), by_seed in here.items()
-        if name == method and (task, BASELINE) in here and only in (None, task)
+        if name == method and (task, base) in here and only in (None, task)
         for seed, result in by_seed.items()
-        if seed in here[task, BASELINE]
+        if seed in here[task, base]
     ]
     return [math.log(a / b) for a, b in pairs if a is not None and b is not None and min(a, b) > 0]
 
@@ -62,14 +67,13 @@ def headline(by_kind):
     for kind, here in by_kind.items():
         subjects = _of_subjects(here)
         words = [
-            f"{NAMES[method]} is {_verdict(logs)} than {NAMES[BASELINE]} (largest eigenvalue "
-            f"of the Hessian {shown(logs['largest'])} times {NAMES[BASELINE]}'s; on held-out "
-            f"examples {_verdict(_logs(here, method, 'test'))})"
+            f"{NAMES[method]} is {_verdict(logs)} than {NAMES[baseline(method)]} (largest "
+            f"eigenvalue of the Hessian {shown(logs['largest'])} times; on held-out examples "
+            f"{_verdict(_logs(here, method, 'test'))})"
             for method, logs in subjects.items()
             if method != "lorenza_plus"  # which is in the section
         ]
-        if score := _with_score(here):
-            words.append(f"flatness {score[0]}")
+        words += [f"flatness {score[0]}" for score in _with_score(here, PARTS[:1])]
         if words:
             parts.append(f"in {TITLES[kind].lower()}, {', '.join(words)}")
     return (
@@ -87,18 +91,18 @@ def of_kind(kind, size, here):
             f"{MEASURES[m]} {part} {shown(values)}"
             for m in MEASURES
             for part in PARTS
-            if (values := log_ratios(here, method, m, part))
+            if (values := log_ratios(here, method, m, part, base=baseline(method)))
         )
         found.append(
             f"{TITLES[kind]} ({size} size): {NAMES[method]} is {_verdict(logs)} than "
-            f"{NAMES[BASELINE]} on training examples, and on held-out ones "
+            f"{NAMES[baseline(method)]} on training examples, and on held-out ones "
             f"{_verdict(_logs(here, method, 'test'))}. Ratios: {', '.join(ratios)}."
         )
-    if score := _with_score(here):
-        found.append(
-            f"{TITLES[kind]} ({size} size): flatness on training examples {score[0]}; Spearman's "
-            f"of the largest eigenvalue with the score: {score[1]}."
-        )
+    found += [
+        f"{TITLES[kind]} ({size} size): flatness {verdict}. Spearman's of sharpness with the score "
+        f"within tasks and seeds: {values}."
+        for verdict, values in _with_score(here, PARTS)
+    ]
     return found
 
 
@@ -109,67 +113,61 @@ def _of_subjects(here):
 
 
 def _logs(here, method, part):
-    return {measure: log_ratios(here, method, measure, part) for measure in MEASURES}
+    base = baseline(method)
+    return {measure: log_ratios(here, method, measure, part, base=base) for measure in MEASURES}
 
 
 def _verdict(logs):
     intervals = [_interval(values) for values in logs.values() if values]
     flatter = sum(high is not None and high < 1 for _, _, high in intervals)
     sharper = sum(low is not None and low > 1 for _, low, _ in intervals)
-    if flatter and sharper:
-        return "by one measure flatter and by another sharper"
-    if flatter or sharper:
-        word, count = ("flatter", flatter) if flatter else ("sharper", sharper)
-        return f"{word} (by {count} of {len(intervals)} measures)"
+    for word, count, against in (("flatter", flatter, sharper), ("sharper", sharper, flatter)):
+        if count >= ENOUGH and not against:
+            return f"{word} (by {count} of {len(intervals)} measures)"
     return "not shown to be flatter or sharper"
 
 
-def correlation(here, task, measure, part):
+def correlation(here, tasks, measure, part):
     """(Spearman's, p-value, number of methods, number of seeds), or None."""
-    runs = {method: by_seed for (of, method), by_seed in here.items() if of == task}
-    finite = {
-        m: {s for s, r in by_seed.items() if None not in (r[part][measure], r["score"])}
-        for m, by_seed in runs.items()
-    }
-    seeds = sorted(set().union(*finite.values()))
-    whole = [m for m in runs if seeds and finite[m] == set(seeds)]
+    runs = {}  # of a method, all (task, seed)
+    for (task, method), by_seed in here.items():
+        if task in tasks:
+            finite = {
+                (task, seed): result
+                for seed, result in by_seed.items()
+                if None not in (result[part][measure], result["score"])
+            }
+            runs.setdefault(method, {}).update(finite)
+    blocks = sorted(set().union(*runs.values()))
+    whole = [method for method in runs if blocks and set(runs[method]) == set(blocks)]
     if len(whole) < 4:
         return None  # of three methods no order is rare
     flatness, scores = (
-        np.array([[of(runs[m][s]) for s in seeds] for m in whole])
+        np.array([[of(runs[method][block]) for block in blocks] for method in whole])
         for of in (lambda r: r[part][measure], lambda r: r["score"])
     )
+    seeds = {seed for _, seed in blocks}
     return *rank_correlation.of_methods(flatness, scores), len(whole), len(seeds)
 
 
-def _with_score(here):
-    """(whether flatness goes with the score, the eigenvalue's correlations), in words, or None."""
-    found = {
-        (task, measure): c
-        for task in dict.fromkeys(task for task, _ in here)
-        for measure in MEASURES
-        if (c := correlation(here, task, measure, "train"))
-    }
-    if not found:
-        return None
-    counts = {
-        sign: sum(p < LEVEL and sign * rho > 0 for rho, p, *_ in found.values()) for sign in (-1, 1)
-    }
-    words = [
-        f"{kind} models score higher in {counts[sign]}"
-        for kind, sign in (("flatter", -1), ("sharper", 1))
-        if counts[sign]
-    ]
-    of = f"of {len(found)} correlations, p < {LEVEL}"
-    with_or_against = "either way with" if counts[1] else "with"
-    goes = f"goes {with_or_against if counts[-1] else 'against'}"
-    verdict = (
-        f"{goes} the score ({' and '.join(words)} {of})" if words
-        else f"is not shown to go with the score (in none {of})"
-    )  # fmt: skip
-    values = ", ".join(
-        f"{task} {rho:+.2f} (p {p:.2g})"
-        for (task, measure), (rho, p, *_) in found.items()
-        if measure == "largest"
-    )
-    return verdict, values
+def _with_score(here, parts):
+    """(whether flatness goes with the score, the correlations) in words, for each part."""
+    tasks, said = {task for task, _ in here}, []
+    for part in parts:
+        found = {m: c for m in MEASURES if (c := correlation(here, tasks, m, part))}
+        if not found:
+            continue
+        holds = rank_correlation.holm([p for _, p, *_ in found.values()])
+        signs = {rho < 0 for (rho, *_), held in zip(found.values(), holds, strict=True) if held}
+        goes = {
+            (): "is not shown to go with the score",
+            (True,): "goes with the score",
+            (False,): "goes against the score",
+        }.get(tuple(signs), "goes either way with the score")
+        values = ", ".join(
+            f"{MEASURES[m]} {rho:+.2f} (p {p:.2g})" for m, (rho, p, *_) in found.items()
+        )
+        on = {"train": "training", "test": "held-out"}[part]
+        by = f" (by {sum(holds)} of {len(holds)} measures)" if any(holds) else ""
+        said.append((f"on {on} examples {goes}{by}", values))
+    return said

@@ -1,4 +1,4 @@
-"""Spearman's correlation over runs, where several are of one method."""
+"""Spearman's correlation over methods, in blocks of runs that share a task and a seed."""
 
 import itertools
 import math
@@ -9,18 +9,19 @@ from scipy import stats
 MOST_ORDERS = 6000  # 7! are 5040; of more methods so many are drawn
 
 
-def of_methods(flatness_MxS, scores_MxS):
-    """(Spearman's over the runs of M methods and S seeds, p-value, two-sided).
+def of_methods(flatness_MxB, scores_MxB):
+    """(Spearman's within blocks over M methods, in the mean, p-value, two-sided).
 
-    Runs of one method are alike, so not runs but whole methods change places under the null.
+    Ranks are those within a block, as what seeds and tasks do to all methods is not asked for.
+    Blocks of one method are alike, so whole methods change places under the null.
     """
-    x_MxS, y_MxS = (stats.rankdata(v).reshape(v.shape) for v in (flatness_MxS, scores_MxS))
-    x_MxS, y_MxS = x_MxS - x_MxS.mean(), y_MxS - y_MxS.mean()
-    size = np.sqrt((x_MxS**2).sum() * (y_MxS**2).sum())
+    x_MxB, y_MxB = (stats.rankdata(v, axis=0) for v in (flatness_MxB, scores_MxB))
+    x_MxB, y_MxB = x_MxB - x_MxB.mean(axis=0), y_MxB - y_MxB.mean(axis=0)
+    size = np.sqrt((x_MxB**2).sum() * (y_MxB**2).sum())
     if size == 0:
         return 0.0, 1.0
     # Row i against row j; an order of the methods takes one of each row and column.
-    products_MxM = x_MxS @ y_MxS.T / size
+    products_MxM = x_MxB @ y_MxB.T / size
     count = len(products_MxM)
     if math.factorial(count) <= MOST_ORDERS:
         orders = np.array(list(itertools.permutations(range(count))))
@@ -31,3 +32,13 @@ def of_methods(flatness_MxS, scores_MxS):
     under_null = products_MxM[np.arange(count), orders].sum(axis=1)
     observed = float(np.trace(products_MxM))
     return observed, float(np.mean(np.abs(under_null) >= abs(observed) - 1e-12))
+
+
+def holm(p_values, level=0.05):
+    """Which of several tests hold together, by Holm's method."""
+    holds, order = [False] * len(p_values), sorted(range(len(p_values)), key=p_values.__getitem__)
+    for done, index in enumerate(order):
+        if p_values[index] > level / (len(p_values) - done) + 1e-12:
+            break
+        holds[index] = True
+    return holds

@@ -176,17 +176,20 @@ def _ratios(here, methods, tasks):
 def _correlations(here, tasks):
     columns = [(measure, part) for measure in MEASURES for part in PARTS]
     rows, counts = [], []
-    for task in tasks:
-        found = [correlation(here, task, *column) for column in columns]
+    together = [("all", tasks)] if len(tasks) > 1 else []
+    for name, of in [*((task, [task]) for task in tasks), *together]:
+        found = [correlation(here, of, *column) for column in columns]
         counts += [f"{f[2]} methods and {f[3]} seeds" for f in found if f]
-        rows.append([task, *("-" if f is None else f"{f[0]:+.2f} (p {f[1]:.2g})" for f in found)])
+        rows.append([name, *("-" if f is None else f"{f[0]:+.2f} (p {f[1]:.2g})" for f in found)])
     if not counts:
         return ["Too few methods are finished to correlate flatness with scores."]
     return [
-        "Spearman's correlation over runs of sharpness with the score (negative: flatter models "
-        f"score higher), of {', '.join(dict.fromkeys(counts))}; p by exchanging the scores of "
-        "whole methods, as the seeds of one are not independent (so of four methods it cannot be "
-        "below 1/24, and little can be shown):",
+        "Spearman's correlation of sharpness with the score over the methods of a task and a seed, "
+        f"in the mean (negative: flatter models score higher), of "
+        f"{', '.join(dict.fromkeys(counts))}; p, for each by itself, by exchanging the scores of "
+        "whole methods (so of four methods it cannot be below 1/24, of five below 1/120, and "
+        "little can be shown). The findings go by the last row, with Holm's correction for the "
+        "three measures:",
         "",
         *tables.markdown(["task", *(f"{MEASURES[m]}, {p}" for m, p in columns)], rows),
     ]

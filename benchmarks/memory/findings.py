@@ -11,6 +11,7 @@ SUBJECTS = ("lorenza", "lorenza_sketch", "lorenza_int8", "lorenza_least")
 # In the sentences on single shapes.
 FEATURED = ("lorenza", "lorenza_sketch")
 AGAINST = ("adamw", "galore_randomized", "galore_sketch", "lora")
+BESIDE = ("galore_sketch", "lora")  # what a reader in a hurry should know, too
 MEASURES = {
     "state": ("optimizer state", lambda run: run["state"]),
     "counted": ("weights, gradients and state", lambda run: counted(run)),
@@ -74,20 +75,18 @@ def findings(size, shapes, roberta):
 
 
 def _in_short(size, preset, shapes):
-    """The peak against AdamW's, by rank: of the defaults and of what saves more."""
+    """The peak against AdamW's, by rank: of LORENZA, and of others that save as much."""
+    ranks = sorted(rank for name, rank in shapes if name == preset)
     parts = []
-    for rank in sorted(rank for name, rank in shapes if name == preset):
-        runs = shapes[preset, rank]
-        shares = [saved(runs, subject, "adamw", "peak") for subject in FEATURED]
-        if None not in shares:
-            parts.append(
-                "{:.0f} % and {:.0f} % at rank {}".format(*(100 * s for s in shares), rank)
-            )
-    names = " and ".join(METHODS[subject].name for subject in FEATURED)
+    for subject in (*FEATURED, *BESIDE):
+        shares = [saved(shapes[preset, rank], subject, "adamw", "peak") for rank in ranks]
+        if any(share is not None for share in shares):
+            percent = " / ".join("-" if s is None else f"{100 * s:.0f}" for s in shares)
+            parts.append(f"{METHODS[subject].name} {percent} %")
     return parts and (
         f"**Memory.** A Llama of {preset}, 1 x 256 tokens ({size} size): the peak of a compiled "
-        f"step of {names} is below AdamW's by {', '.join(parts)}. Published: up to "
-        f"{100 * HEADLINE:.0f} %."
+        f"step is below AdamW's, at rank {' / '.join(map(str, ranks))}, with {', '.join(parts)}. "
+        f"Published for LORENZA: up to {100 * HEADLINE:.0f} %."
     )
 
 
@@ -131,6 +130,14 @@ def _on_headline(size, shapes):
                 reached = sum(share >= HEADLINE for share in of)
                 counts.append(f"{METHODS[subject].name} in {reached} of {len(of)}")
         text = f"in {title} it is reached by {', '.join(counts)} cases"
+        alone = [
+            100 * share
+            for runs in shapes.values()
+            if (share := saved(runs, "adamw_int8", "adamw", measure)) is not None
+        ]
+        if alone:
+            ends = dict.fromkeys(f"{share:.1f}" for share in (min(alone), max(alone)))
+            text += f", and {METHODS['adamw_int8'].name} by itself saves {' to '.join(ends)} %"
         text += f" (best {_setting(best, shares)}"
         if default:
             text += f"; of the defaults {_setting(max(default, key=default.get), default)}"

@@ -27,7 +27,8 @@ class Method(NamedTuple):
     is_lora: bool = False
     has_rank: bool = True
     scanned: bool = True  # whether it knows stacks of matrices
-    arguments: Callable | None = None  # of LORENZA beside the rank, by the weights' dtype
+    arguments: Callable | None = None  # of a low-rank one beside the rank, by the weights' dtype
+    is_lorenza: bool = False  # built by `lorenza`, whose gradients the memory report counts
 
 
 def _plain(name, build, call=optimizers.call_with_gradient, **fields):
@@ -50,7 +51,10 @@ def _low_rank(name, factory, embedding=False, moment_dtype=None, **arguments):
 
     in_place = arguments.get("factored_updates", False)
     apply_updates = lorenza_optax.apply_updates if in_place else optax.apply_updates
-    return Method(name, build, apply_updates=apply_updates, arguments=chosen)
+    return Method(
+        name, build, apply_updates=apply_updates, arguments=chosen,
+        is_lorenza=factory is lorenza_optax.lorenza,
+    )  # fmt: skip
 
 
 def _int8_adamw(rank, dtype):

@@ -128,8 +128,9 @@ def counted(cell, program):
         "refresh_gradients": trained,
         "state": programs.tree_bytes(program.opt_state),
     }
-    if cell["method"].startswith("lorenza"):
-        arguments = METHODS[cell["method"]].arguments(cell["dtype"])
+    method = METHODS[cell["method"]]
+    if method.is_lorenza:
+        arguments = method.arguments(cell["dtype"])
         [row] = memory.memory_report(
             program.trained, cell["rank"], methods=["lorenza"], **arguments
         ).rows

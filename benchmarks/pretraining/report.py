@@ -4,14 +4,15 @@ import numpy as np
 
 from benchmarks import experiments, tables
 from benchmarks.pretraining import paired, plots, sweeps
-from benchmarks.pretraining.methods import METHODS
+from benchmarks.pretraining.methods import METHODS, OTHERS
 
 SUBJECTS = ("lorenza", "lorenza_subspace")  # of the findings
 BASELINES = ("adamw", "galore")
+BESIDE = ("fira", "lorenza_plus", "muon")  # in short
 
 
 def report(size, cells, records, folder):
-    finals, findings, body = _finals(cells, records), [], [*_explanation(cells[0])]
+    finals, findings, body = _finals(cells, records), [], [*_explanation(cells, records)]
     ratios = _time_ratios(cells, records)
     for model in dict.fromkeys(key[0] for key in finals):
         body += ["", f"### {model} parameters ({size} size)"]
@@ -30,7 +31,7 @@ def report(size, cells, records, folder):
             body += ["", f"### {title} ({size} size)", "", *sweeps.section(sweep)]
             body += ["", f"![{title}](results/{folder.name}/{path.name})"]
             if swept == "rank":
-                findings += sweeps.rank_finding(size, sweep)
+                findings += sweeps.rank_finding(size, sweep) + sweeps.state_finding(size, sweep)
     return experiments.Section(findings, body)
 
 
@@ -57,17 +58,47 @@ def again(size, cells, records):
     return list(expected.values())
 
 
-def _explanation(cell):
+def _explanation(cells, records):
+    cell = cells[0]
+    finals = {c["model"]: c for c in cells if c["kind"] == "final"}
+    budgets = "; ".join(
+        f"{model}: {c['steps']} steps, {1e-6 * _tokens(c):.2f} M tokens, rank {c['rank']}"
+        for model, c in finals.items()
+    )
     return [
         f"Llamas in batches of {cell['batch_size']} sequences of {cell['seq_len']} tokens, which "
-        "at the CPU's size are bytes. All methods, AdamW too, have two "
-        "learning rates, one of the matrices that LORENZA projects and one of all other leaves, "
-        f"tuned with {len(METHODS['adamw'].trials(True))} trials (three rates of the matrices, of "
-        "which tables mark the edges, and two of the others, which are edges both) on the "
-        "standard library, scored on a twentieth of the train part; these rates serve both texts. "
-        "The rank is a "
-        f"quarter of the width, T is {cell['update_proj_gap']}, rho {cell['rho']:g}.",
+        f"at the CPU's size are bytes ({budgets}: so the larger is trained the less). All methods, "
+        "AdamW too, have two learning rates, one of the matrices that LORENZA projects and one of "
+        f"all other leaves, tuned with {len(METHODS['adamw'].trials(True))} trials (three rates of "
+        "the matrices, of which tables mark the edges, and two of the others, which are edges both)"
+        " on the standard library, scored on a twentieth of the train part; these rates serve both "
+        f"texts.{_upper_rates(cells, records)} The rank is a quarter of the width, T is "
+        f"{cell['update_proj_gap']}. The radius is not tuned, {cell['rho']:g} for all that have "
+        "one; a third of it suits the subspace better (ablations).",
     ]
+
+
+def _tokens(cell):
+    return cell["steps"] * cell["batch_size"] * cell["seq_len"]
+
+
+def _upper_rates(cells, records):
+    """Where the larger of the others' rates was chosen, a still larger one might be better."""
+    chosen = {
+        (cell["model"], cell["method"]): records[cell["id"]]["result"]["others_rate"]
+        for cell in cells
+        if cell["kind"] == "final" and cell["id"] in records
+    }
+    upper = [key for key, rate in chosen.items() if rate == max(OTHERS)]
+    always = [m for m in METHODS if all((model, m) in upper for model, _ in chosen)]
+    names = ", ".join(tables.NAMES[method] for method in always)
+    if not upper:
+        return ""
+    return (
+        f" In {len(upper)} of {len(chosen)} tunings the larger of the latter was chosen"
+        + (f", of {names} always, who might gain by a still larger one" if always else "")
+        + "."
+    )
 
 
 def _finals(cells, records):
@@ -165,11 +196,18 @@ def _findings(size, finals):
             ]
             if against:
                 parts.append(f"of {tables.NAMES[method]} {' and '.join(against)}")
+        others = [
+            f"{tables.NAMES[method]} {tables.t_interval(pairs, '%')}"
+            for method in BESIDE
+            if (pairs := paired.over_texts(model, finals, method, "adamw"))
+        ]
+        if parts and others:
+            parts.append(f"of others to AdamW's {', '.join(others)}")
         if parts:
             of_models.append(f"with {model} parameters {', '.join(parts)}")
     if not of_models:
         return []
     return [
-        f"**Loss.** Pre-training ({size} size), at a rank of a quarter of the width, relative "
-        f"difference of the validation loss: {'; '.join(of_models)}."
+        f"**Loss.** Pre-training ({size} size) in short runs, at a rank of a quarter of the width, "
+        f"relative difference of the validation loss: {'; '.join(of_models)}."
     ]

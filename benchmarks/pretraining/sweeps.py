@@ -3,6 +3,8 @@
 import statistics
 from typing import NamedTuple
 
+import numpy as np
+
 from benchmarks import tables
 from benchmarks.pretraining import training
 from benchmarks.pretraining.paired import percent_above
@@ -65,8 +67,7 @@ def losses(results):
 
 def _state(sweep, results):
     """In AdamW's."""
-    ours, theirs = (next(iter(r.values()))["optimizer_state_bytes"] for r in (results, sweep.adamw))
-    return f"{ours / theirs:.2f}x"
+    return f"{_bytes(results) / _bytes(sweep.adamw):.2f}x"
 
 
 def _above(sweep, results):
@@ -132,3 +133,30 @@ def rank_finding(size, sweep):
         f"AdamW's, {verdict} 1 %, with {_state(sweep, results)} its state. (That rank was the best "
         "by this same loss.)"
     ]
+
+
+def state_finding(size, sweep):
+    """LORENZA beside GaLore of as much state, which is of a larger rank."""
+    ours, theirs = (sweep.runs.get(method, {}) for method in ("lorenza", "galore"))
+    points = sorted(
+        (_bytes(results), statistics.fmean(percent_above(results, sweep.adamw).values()))
+        for rank, results in theirs.items()
+        if rank < sweep.width and None not in losses(results)
+    )
+    parts = []
+    for rank, results in ours.items():
+        state = _bytes(results)
+        is_between = len(points) > 1 and points[0][0] <= state <= points[-1][0]
+        if is_between and rank < sweep.width and None not in losses(results):
+            above = np.interp(np.log(state), np.log([x for x, _ in points]), [y for _, y in points])
+            mean = statistics.fmean(percent_above(results, sweep.adamw).values())
+            parts.append(f"{_state(sweep, results)} {mean:+.1f} % and {above:+.1f} %")
+    return parts and [
+        f"**Equal state.** Pre-training ({size} size), validation loss above AdamW's of LORENZA "
+        "and of GaLore at the rank that keeps as much (interpolated), by their state in AdamW's: "
+        f"{', '.join(parts)}."
+    ]
+
+
+def _bytes(results):
+    return next(iter(results.values()))["optimizer_state_bytes"]

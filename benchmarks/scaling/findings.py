@@ -3,6 +3,7 @@
 import operator
 
 from benchmarks import experiments
+from benchmarks.programs import Shape
 from benchmarks.scaling.devices import PLACEMENTS, sent_bytes
 from benchmarks.scaling.fits import growth, ratio, significant
 from benchmarks.scaling.results import PLACES, making, name_of
@@ -64,7 +65,57 @@ def of_cost(found):
     if flops:
         more = _over_sizes(counted, OURS[:1], _refresh)
         parts.append(f"in AdamW's FLOPs {flops}; a refresh adds {more.rpartition('= 0 ')[2]}")
-    return [f"Between refreshes a step takes {'; and '.join(parts)}"] if parts else []
+    if not parts:
+        return []
+    ranks = _by_rank(found)
+    return [
+        f"Between refreshes a step ({_shapes(found)}) takes {'; and '.join(parts)}"
+        + (f". {ranks}" if ranks else "")
+    ]
+
+
+def _shapes(found):
+    """Of the races: what their figures are of, and may not be of others."""
+    shapes = [
+        Shape(*shape)
+        for of in (found.flops, found.times)
+        for (axis, _), (_, shape) in of.items()
+        if axis == "race"
+    ]
+    layers, widths, lengths, shares = (
+        sorted(set(values))
+        for values in zip(
+            *((s.layers, s.width, s.batch * s.length, s.rank / s.width) for s in shapes),
+            strict=True,
+        )
+    )
+    return (
+        f"{_range(layers)} layers, width {_range(widths)}, {_range(lengths)} tokens, rank "
+        f"{_range(shares)} of the width, refreshed from sketches"
+    )
+
+
+def _range(values):
+    return " to ".join(f"{value:g}" for value in dict.fromkeys((values[0], values[-1])))
+
+
+def _by_rank(found):
+    """What the rank adds, on the axis of ranks."""
+    shapes = {point: Shape(*of) for (axis, point), (_, of) in found.flops.items() if axis == "rank"}
+    if not shapes:
+        return ""
+    shape = next(iter(shapes.values()))
+    at = found.points(found.flops, "rank")
+    parts = [
+        f"{name_of(name)} "
+        + ", ".join(f"{of[name]['step'] / of['adamw']['step']:.2f}" for of in at.values())
+        for name in ("rho=0", "zo, q=1")
+    ]
+    refresh = ", ".join(f"{_refresh(of, 'zo, q=1'):.2f}" for of in at.values())
+    return (
+        f"At rank {', '.join(map(str, at))} of width {shape.width} ({shape.layers} layers, "
+        f"{shape.batch * shape.length} tokens): {'; '.join(parts)}; a refresh adds {refresh}"
+    )
 
 
 def _refresh(at, name):
@@ -92,7 +143,8 @@ def of_work(found):
         steps = [at[name]["step"] for at in points.values()]
         of = growth(list(points), steps)
         exponent = "" if of.word in ("linear", "constant") else f", exponent {of.exponent:.2f}"
-        parts.append(f"{word} from {min(points)} to {max(points)} ({of.word}{exponent})")
+        how = {"linear": "a constant and a linear part"}.get(of.word, of.word)
+        parts.append(f"{word} from {min(points)} to {max(points)} ({how}{exponent})")
     text = ", ".join(parts)
     return [f"The FLOPs of a step of LORENZA with zo grow with {text}"] if parts else []
 
@@ -134,5 +186,11 @@ def of_messages(found):
             for name in ("galore", "sam", *OURS) if name in sent
         )  # fmt: skip
         parts.append(f"with parameters {PLACES[placement]} over {devices} devices {shares}")
-    text = "; ".join(parts)
-    return [f"Between refreshes a device sends, in AdamW's bytes, {text}"] if parts else []
+    if not parts:
+        return []
+    shape = next(Shape(*c["shape"]) for c in found.cells.values() if c["kind"] == "devices")
+    return [
+        f"Between refreshes a device sends, in AdamW's bytes (layers: {shape.layers}, width "
+        f"{shape.width}, rank {shape.rank}; counted as a CPU reduces, a GPU's may be larger, see "
+        f"below), {'; '.join(parts)}"
+    ]
