@@ -11,7 +11,7 @@ import optax.contrib
 from lorenza_optax._state import LowRankState
 from lorenza_optax._zo_sam import ZoSamState
 
-__all__ = ["find_states", "refuse_wrapped", "unboxed"]
+__all__ = ["find_states", "refuse_wrapped", "stages_in_front", "unboxed"]
 
 # Their updates are made of gradients like the parameters.
 _WRAPPED = (
@@ -41,16 +41,27 @@ def find_states(opt_state: Any) -> dict[str, Any]:
     return states
 
 
-def refuse_wrapped(opt_state: Any) -> None:
-    """Raises if a low-rank state sits in a wrapper that low-rank gradients do not get through."""
+def stages_in_front(opt_state: Any) -> bool:
+    """Whether an ``optax.chain`` has stages in front of the first state of this library."""
+    is_ours = lambda node: isinstance(node, (LowRankState, ZoSamState))  # noqa: E731
+    for path, node in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_ours):
+        if is_ours(node):
+            return any(getattr(key, "idx", 0) > 0 for key in path)
+    return False
+
+
+def refuse_wrapped(
+    opt_state: Any, why: str = "Low-rank gradients are not like the parameters."
+) -> None:
+    """Raises if a low-rank state sits in a wrapper that expects gradients like the parameters."""
     is_wrapped = lambda node: isinstance(node, _WRAPPED)  # noqa: E731
     is_ours = lambda node: isinstance(node, LowRankState)  # noqa: E731
     for node in filter(is_wrapped, jax.tree.leaves(opt_state, is_leaf=is_wrapped)):
         if any(map(is_ours, jax.tree.leaves(node, is_leaf=is_ours))):
             raise ValueError(
-                "Low-rank gradients do not get through the wrapper whose state is a"
-                f" {type(node).__name__}: it expects gradients like the parameters. Use"
-                " lorenza_optax.perturbed_value_and_grad instead, or take the wrapper away."
+                f"{why} The wrapper whose state is a {type(node).__name__} expects gradients like"
+                " the parameters: take them with lorenza_optax.perturbed_value_and_grad instead, or"
+                " take the wrapper away."
             )
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "low_rank_gradient",
     "step_key",
     "varying",
+    "with_finite_value",
     "without_ascent",
 ]
 
@@ -239,13 +240,13 @@ def low_rank_gradient(
 def after_ascent(
     state: AscentState, value: jax.Array, norm: jax.Array, perturbed: jax.Array
 ) -> AscentState:
-    """The state with what was found; a loss that is not finite leaves the last value in it."""
-    value = value.astype(jnp.float32)
-    return state._replace(
-        value=jnp.where(jnp.isfinite(value), value, state.value),
-        ascent_norm=norm,
-        perturbed=perturbed,
-    )
+    """The state with what was found."""
+    return state._replace(value=value.astype(jnp.float32), ascent_norm=norm, perturbed=perturbed)
+
+
+def with_finite_value(new: AscentState, old: AscentState) -> AscentState:
+    """Where a loss that is not finite skips the step, it leaves the last one in the state."""
+    return new._replace(value=jnp.where(jnp.isfinite(new.value), new.value, old.value))
 
 
 class SubspaceGradients(NamedTuple):

@@ -21,6 +21,7 @@ from lorenza_optax._gradient import (
     low_rank_gradient,
     step_key,
     varying,
+    with_finite_value,
     without_ascent,
 )
 from lorenza_optax._landscape import Displacement, Landscape, landscape
@@ -142,7 +143,8 @@ def given_or_taken_gradient(
     if value_fn is None:
         return updates, without_ascent(state.ascent)
     around = of_state(config, {}, state)
-    return full_gradient_in_update(config, around, state, params, value_fn, extra_args)
+    gradient, ascent = full_gradient_in_update(config, around, state, params, value_fn, extra_args)
+    return gradient, with_finite_value(ascent, state.ascent)
 
 
 def subspace_gradient_in_update(

@@ -21,6 +21,7 @@ from lorenza_optax._config import LowRankConfig
 from lorenza_optax._fit import check_same_tree
 from lorenza_optax._gradient import (
     SubspaceGradients,
+    with_finite_value,
     without_ascent,
 )
 from lorenza_optax._in_update import (
@@ -133,7 +134,10 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
             arrays,
             targets,
             state,
-            state._replace(ascent=ascent_state, gradient_transform=stage_state),
+            state._replace(
+                ascent=with_finite_value(ascent_state, state.ascent),
+                gradient_transform=stage_state,
+            ),
             jnp.asarray(value_at(config.scale, state.count)),
             traced,
             like=(_like_updates(config, plan, targets, state), state),

@@ -61,7 +61,8 @@ def perturbed_value_and_grad(
       value_fn: ``value_fn(params, *args, **kwargs)`` to a scalar, or with ``has_aux`` to
         (scalar, aux).
       rho: Radius ρ, as in :func:`lorenza`; likewise the ascent's other arguments. Keep those
-        that both functions take in one dict.
+        that both functions take in one dict: the optimizer's own are not read. One that
+        ``optax.inject_hyperparams`` changes is ``opt_state.hyperparams["rho"]``, inside ``jit``.
       mu: Smoothing radius μ.
       num_probes: Number q of probes.
       ascent: "zo", "subspace", "momentum", "signed_momentum" or "none". What perturbs all leaves

@@ -271,6 +271,6 @@ def shape_and_dtype(path: str, array: Any) -> tuple[tuple[int, ...], jnp.dtype]:
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
             f"Leaf {path!r} has dtype {array.dtype}, which cannot be trained here: parameters"
-            " must be real floats. Keep it out with optax.masked or optax.partition."
+            " must be real floats. Keep it outside them, and hand it to the loss by itself."
         )
     return tuple(array.shape), jnp.dtype(array.dtype)

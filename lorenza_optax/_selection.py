@@ -163,7 +163,8 @@ def select_leaves(
         arrays = leaves_by_path(params)
         given = dimension_numbers_by_path(weight_dimension_numbers, params, arrays)
         mask = None if by_path else _mask_by_path(include, params, arrays)
-        chosen = {}
+        chosen: dict[str, Any] = {}
+        unclear: list[str] = []
         for path, array in arrays.items():
             if any(pattern.search(path) for pattern in unwanted):
                 continue
@@ -185,11 +186,16 @@ def select_leaves(
                 )
             if found is not None:
                 chosen[path] = found
+            elif array.ndim > 2:
+                unclear.append(f"{path!r} of shape {array.shape}")
         if not chosen and not has_masked_nodes(params):
-            raise ValueError(
-                f"select_leaves({include!r}, exclude={exclude!r}) chooses no leaf that can be"
-                f" projected. Leaves: {', '.join(arrays)}."
-            )
+            about = f"select_leaves({include!r}, exclude={exclude!r}) chooses "
+            if unclear:
+                raise ValueError(
+                    f"{about}{', '.join(unclear)}, but nothing says which axes form a matrix: pass"
+                    " weight_dimension_numbers to select_leaves too."
+                )
+            raise ValueError(f"{about}no leaf that can be projected. Leaves: {', '.join(arrays)}.")
         return chosen
 
     return numbers

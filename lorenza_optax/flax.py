@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +17,10 @@ from flax import nnx
 from flax.training import train_state
 
 from lorenza_optax._checks import check_choice
-from lorenza_optax._find import find_states
+from lorenza_optax._find import find_states, refuse_wrapped, stages_in_front
 from lorenza_optax._flax_layers import weight_dimension_numbers
 from lorenza_optax._perturbed import perturbed_value_and_grad
+from lorenza_optax._state import LowRankState
 from lorenza_optax._subspace_gradients import subspace_value_and_grad
 from lorenza_optax._update import apply_updates
 
@@ -57,20 +60,23 @@ class TrainState(train_state.TrainState):
             :func:`lorenza_optax.subspace_value_and_grad`; None where ``value_fn`` is given.
           **kwargs: Fields of the state, which are replaced, as in Flax's own method
             (``batch_stats=...``); all others (``value_fn=...`` and what it takes) go to
-            ``tx.update``.
+            ``tx.update``. A field that ``value_fn`` names, such as a ``dropout_key``, does both.
 
         Returns:
           The state after the update.
         """
         fields = {field.name for field in dataclasses.fields(self)}
+        wanted = _named_by(kwargs.get("value_fn"), kwargs.get("ascent_fn"))
         replaced = {name: value for name, value in kwargs.items() if name in fields}
-        extra = {name: value for name, value in kwargs.items() if name not in fields}
+        extra = {n: value for n, value in kwargs.items() if n not in fields or n in wanted}
         if (
             grads is not None
             and not extra
             and jax.tree.structure(grads) == jax.tree.structure(self.params)
         ):
             return super().apply_gradients(grads=grads, **replaced)  # knows of fp8's own leaves
+        if grads is None and "value_fn" in extra:
+            _check_takes_gradient(self.opt_state, "apply_gradients(value_fn=...)")
         tx: Any = self.tx
         updates, opt_state = tx.update(grads, self.opt_state, self.params, **extra)
         return self.replace(
@@ -78,6 +84,24 @@ class TrainState(train_state.TrainState):
             params=apply_updates(self.params, updates),
             opt_state=opt_state,
             **replaced,
+        )
+
+
+def _named_by(*functions: Callable[..., Any] | None) -> set[str]:
+    """The arguments that functions name."""
+    return {name for f in functions if f is not None for name in inspect.signature(f).parameters}
+
+
+def _check_takes_gradient(opt_state: Any, call: str) -> None:
+    """Raises, or warns, where an optimizer cannot take the gradient itself as one would expect."""
+    refuse_wrapped(opt_state, f"{call} lets the optimizer take its gradient itself.")
+    if stages_in_front(opt_state):
+        warnings.warn(
+            f"{call} lets the optimizer take its gradient itself, which stages of optax.chain in"
+            " front of it do not see: put them behind it, name them as gradient_transform=, or"
+            " take the gradient outside, with lorenza_optax.perturbed_value_and_grad or"
+            ' nnx_train_step(gradient="perturbed").',
+            stacklevel=3,
         )
 
 
@@ -138,37 +162,73 @@ def nnx_train_step(
         graphdef, boxed, rest = nnx.split(model, optimizer.wrt, ...)
         params, rest = nnx.as_pure(boxed), nnx.as_pure(rest)
         opt_state = nnx.as_pure(optimizer.opt_state)
+        arguments_of_loss, given = jax.tree.flatten((args, kwargs), is_leaf=_is_nnx)
+        objects = [leaf for leaf in arguments_of_loss if _is_nnx(leaf)]
+        graphdef_of_objects, state_of_objects = nnx.split(objects)
+        state_of_objects = nnx.as_pure(state_of_objects)
+        kinds: dict[Any, Any] = {}  # of the model's variables beside parameters, by path
 
         def loss(params: Any) -> Any:
-            """(value, (aux, what the model keeps beside its parameters))."""
+            """(value, (aux, what the model keeps beside its parameters, what objects keep))."""
             copy = nnx.merge(graphdef, params, rest)
+            copies = nnx.merge(graphdef_of_objects, state_of_objects)
+            own = iter(copies)
+            leaves = [next(own) if _is_nnx(leaf) else leaf for leaf in arguments_of_loss]
+            args, kwargs = jax.tree.unflatten(given, leaves)
             found = loss_fn(copy, *args, **kwargs)
             value, aux = found if has_aux else (found, None)
-            return value, (aux, nnx.as_pure(nnx.split(copy, optimizer.wrt, ...)[2]))
+            new: Any = nnx.split(copy, optimizer.wrt, ...)[2]
+            kinds.update({path: type(variable) for path, variable in nnx.to_flat_state(new)})
+            return value, (aux, nnx.as_pure(new), nnx.as_pure(nnx.split(copies)[1]))
 
         if gradient == "update":
             # What depends on no parameter, as counters do, costs nothing: XLA drops the rest.
-            _, (aux, new_rest) = loss(params)
-            (before, *_) = find_states(opt_state).values()
+            _check_takes_gradient(opt_state, 'nnx_train_step(gradient="update")')
+            _, (aux, *kept) = loss(params)
+            before = find_states(opt_state)
             updates, opt_state = optimizer.tx.update(
                 None, opt_state, params, value_fn=lambda at: loss(at)[0]
             )
-            (state, *_) = find_states(opt_state).values()
-            # A state keeps no loss that is not finite, and counts the step as skipped.
-            skipped = getattr(state, "skipped", 0) - getattr(before, "skipped", 0)
-            value = jnp.where(jnp.asarray(skipped) > 0, jnp.nan, state.ascent.value)
+            after = find_states(opt_state)
+            # A low-rank state keeps no loss that is not finite, and counts the step as skipped.
+            skipped = [
+                state.skipped != before[place].skipped
+                for place, state in after.items()
+                if isinstance(state, LowRankState)
+            ]
+            value = jnp.where(
+                jnp.any(jnp.array(skipped, bool)), jnp.nan, next(iter(after.values())).ascent.value
+            )
         elif gradient == "perturbed":
             value_and_grad = perturbed_value_and_grad(loss, has_aux=True, **arguments)
-            (value, (aux, new_rest)), grads = value_and_grad(params, opt_state=opt_state)
+            (value, (aux, *kept)), grads = value_and_grad(params, opt_state=opt_state)
             updates, opt_state = optimizer.tx.update(grads, opt_state, params)
         else:
             value_and_grad = subspace_value_and_grad(loss, has_aux=True, **arguments)
-            (value, (aux, new_rest)), grads, opt_state = value_and_grad(params, opt_state=opt_state)
+            (value, (aux, *kept)), grads, opt_state = value_and_grad(params, opt_state=opt_state)
             updates, opt_state = optimizer.tx.update(grads, opt_state, params)
 
-        nnx.update(model, apply_updates(params, updates), new_rest)
+        new_rest, new_objects = kept
+        nnx.update(model, apply_updates(params, updates), _as_variables(new_rest, kinds))
+        nnx.update(objects, new_objects)
         nnx.update(optimizer.opt_state, nnx.state(opt_state))
         optimizer.step[...] += 1
         return (value, aux) if has_aux else value
 
     return step
+
+
+def _is_nnx(node: Any) -> bool:
+    return isinstance(node, (nnx.Pytree, nnx.Variable))
+
+
+def _as_variables(state: Any, kinds: dict[Any, Any]) -> Any:
+    """A state without its variables, which the model may not have yet (``sow``), with them."""
+
+    def value(path: Any) -> Any:
+        node = state
+        for key in path:
+            node = node[key]
+        return node
+
+    return nnx.from_flat_state([(path, kind(value(path))) for path, kind in kinds.items()])
