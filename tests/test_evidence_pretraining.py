@@ -49,6 +49,7 @@ def nano(tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 def test_from_trials_to_the_report_and_the_ablations(nano, monkeypatch):
     assert run.main(["pretraining", "--out", nano]) == 0
     cells = pretraining.cells("cpu")

@@ -82,7 +82,7 @@ def final_state(folder):
     ("task", "num_labels", "optimizer", "names", "least"),
     [
         ("sst2", 2, "lorenza", ("accuracy",), 0.9),
-        ("stsb", 1, "adamw", ("pearson", "spearman"), 0.8),
+        pytest.param("stsb", 1, "adamw", ("pearson", "spearman"), 0.8, marks=pytest.mark.slow),
     ],
 )
 def test_encoder_learns_and_is_scored_by_the_tasks_metrics(

@@ -45,7 +45,9 @@ def _loop(tx, params, steps, dtype=np.float32, **numbers):
     return params, state, points
 
 
-@pytest.mark.parametrize("rho", [RHO, problems.slow(-RHO), optax.linear_schedule(0.0, 0.2, 5)])
+@pytest.mark.parametrize(
+    "rho", [problems.slow(RHO), problems.slow(-RHO), optax.linear_schedule(0.0, 0.2, 5)]
+)
 def test_steps_are_those_of_lorenza_with_the_loss_in_its_hands(rho):
     """Over three refreshes; with weight decay, which must see the unperturbed parameters."""
     with jax.enable_x64(True):

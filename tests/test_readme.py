@@ -93,6 +93,14 @@ def test_every_figure_stands_in_the_results():
     quoted, stored = (set(re.findall(r"\d+\.\d+|\b\d+ %", text)) for text in (prose, results))
     assert len(quoted) > 50
     assert quoted <= stored, quoted - stored
+    # Intervals belong to what they are of.
+    interval = r"[+-][\d.]+(?: points?| %)? \([+-][\d.]+ to [+-][\d.]+\)"
+    quoted, stored = (
+        {re.sub(" points?", "", found) for found in re.findall(interval, text)}
+        for text in (prose, results)
+    )
+    assert len(quoted) > 5
+    assert quoted <= stored, quoted - stored
 
 
 def test_results_are_built_from_what_is_stored(tmp_path):

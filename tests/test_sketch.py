@@ -144,7 +144,7 @@ def test_nothing_as_large_as_a_projected_leaf_is_computed_between_refreshes():
 
 
 @pytest.mark.parametrize(
-    "ascent", ["zo", "subspace", problems.slow("momentum"), problems.slow("signed_momentum")]
+    "ascent", ["subspace", *map(problems.slow, ("zo", "momentum", "signed_momentum"))]
 )
 def test_factored_and_plain_evaluation_agree(ascent):
     """In float64, where round-off cannot grow in Adam's denominators."""
@@ -169,7 +169,7 @@ def test_factored_and_plain_evaluation_agree(ascent):
     chex.assert_trees_all_close(*results, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("refresh", ["sketch", "gradient"])
+@pytest.mark.parametrize("refresh", ["sketch", problems.slow("gradient")])
 def test_accumulated_gradients_are_those_of_update(refresh):
     shared = {"rank": RANK, "update_proj_gap": GAP, "rho": 0.0, "refresh": refresh,
               "weight_dimension_numbers": NUMBERS}  # fmt: skip

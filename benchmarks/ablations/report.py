@@ -24,13 +24,23 @@ DECISIONS = {
     "no perturbation to three times the radius stands out (ten times costs on STS-B), so who wants "
     "the time sets `rho=0`. With "
     '`ascent="subspace"` from scratch a smaller radius is better.',
+    variants.DIFFERENCE: '`"auto"` and 1e-3 stay: nothing else is told apart.',
+    variants.PROBES: "1 stays: 4 and 16 find no more that shows in the loss.",
     variants.ASCENT: '`"zo"` stays, as published: from scratch the directions that see more of the '
     "ascent lose, or gain nothing.",
     variants.TRANSPORT: '`"keep"` stays: `"rotate"` gains on the smaller Llama and loses as much '
     "or more on the larger, as in the main job (pretrain_tuning below); in fine-tuning it changes "
     "nothing that can be seen.",
-    variants.SIDE: '`"std"` stays: the smaller moments of `"reverse_std"` cost loss.',
-    variants.DTYPES: "Left to the user: moments in bfloat16 and int8 cost nothing that shows here.",
+    variants.SIDE: 'From scratch `"left"`, the side of a matrix that meets its input, is better on '
+    'both Llamas, and keeps smaller moments of what it makes narrower. `"std"`, as published, '
+    "stays until that has been seen in fine-tuning, too: set it. The smaller moments of "
+    '`"reverse_std"` cost loss, and `"right"` costs more.',
+    variants.STEP: "1.0 stays, and the learning rate is what to tune: half the step loses, twice "
+    "is within the noise.",
+    variants.DTYPES: "Left to the user: moments in bfloat16 and int8, and factors in bfloat16, "
+    "cost nothing that shows here.",
+    variants.ADD_BACK: '`"fira"` stays: `"sumo"` loses from scratch, and does not differ in '
+    "fine-tuning.",
 }
 ARGUMENTS = ("rho", "mu", "estimator", "num_probes", "ascent", "moment_transport", "proj_type",
              "scale", "factor_dtype", "moment_dtype", "refresh")  # fmt: skip

@@ -10,7 +10,7 @@ from benchmarks.finetuning import paired
 from benchmarks.finetuning.methods import HELD_OUT, METHODS
 
 BASELINES = ("galore", "adamw", "sam")
-SUBJECTS = ("lorenza_zo", "lorenza_subspace")  # of the findings
+SUBJECTS = ("lorenza_zo", "lorenza_subspace", "lorenza_plus")  # of the findings
 TUNED = ("learning_rate", "rho")
 
 
