@@ -234,7 +234,9 @@ def test_inject_hyperparams(name, dtype):
     assert set(state_two.hyperparams) == set(schedules)
 
 
-@pytest.mark.parametrize("method", _methods(slow=("lorenza", "lorenza_plus", "sam", "asam")))
+@pytest.mark.parametrize(
+    "method", _methods(slow=("lorenza", "lorenza_plus", "lorenza-rotate-bf16", "sam", "asam"))
+)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 # test_meshes.py has LORENZA in every layout.
 @pytest.mark.parametrize("spec", [problems.slow(P("x", None)), P("x", "y")], ids=str)

@@ -133,6 +133,7 @@ def nano(monkeypatch):
     monkeypatch.setattr(steps, "_text", Letters)
 
 
+@pytest.mark.slow
 def test_cells_run_and_are_reported(nano, tmp_path):
     only = ["--only", "time-race", "flops-race", "compile-unrolled-*-adamw"]
     assert run.main(["scaling", "--out", tmp_path, *only]) == 0

@@ -120,7 +120,7 @@ def test_encoder_learns_and_is_scored_by_the_tasks_metrics(
 @pytest.mark.parametrize(
     "names",
     [
-        ["adamw", "optax_galore"],
+        ["adamw"],
         pytest.param(list(optimizers.OPTIMIZERS), marks=pytest.mark.slow),  # all compile
     ],
 )

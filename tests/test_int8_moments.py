@@ -240,7 +240,7 @@ ASCENTS = {
 @pytest.mark.parametrize(
     "case",
     [
-        problems.slow(case) if case in ("probe_factors", "rotate", "stagger", "chain") else case
+        case if case in ("zo", "sketch-without-partners", "lion") else problems.slow(case)
         for case in ASCENTS
     ],
 )

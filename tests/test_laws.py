@@ -179,7 +179,7 @@ def test_a_stack_is_as_good_as_its_layers():
         )
 
 
-@pytest.mark.parametrize("proj_type", ["std", "reverse_std"])
+@pytest.mark.parametrize("proj_type", ["std", problems.slow("reverse_std")])
 def test_linear_in_the_gradient_between_refreshes(proj_type):
     tx = scale_by_lorenza(rank=4, base_optimizer=optax.trace(0.9), proj_type=proj_type)
     first, x, y = _gradients(3)

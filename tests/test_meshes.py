@@ -236,7 +236,7 @@ def _of_adamw(layout):
     return _large_collectives(tx, step, layout)
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "both"])
+@pytest.mark.parametrize("layout", [pytest.param("fsdp", marks=pytest.mark.slow), "both"])
 def test_a_refresh_from_a_sharded_gradient_gathers_nothing(layout):
     assert not _large_collectives(_optimizer(), _given, layout)
     assert not _large_collectives(_optimizer(stagger=True), _given, layout)

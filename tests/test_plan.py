@@ -175,7 +175,7 @@ def test_bad_trees_name_the_leaf():
         )
     with pytest.raises(TypeError, match="must hold WeightDimensionNumbers or None, got int at"):
         projection_plan(leaf, 2, weight_dimension_numbers={"layer": {"kernel": 3}})
-    with pytest.raises(TypeError, match=r"'steps' has dtype int32.*optax.masked"):
+    with pytest.raises(TypeError, match=r"'steps' has dtype int32.*hand it to the loss"):
         projection_plan({"steps": jnp.zeros(3, jnp.int32)}, 2)
     with pytest.raises(ValueError, match="Two leaves"):
         projection_plan({"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)}, 2)  # fmt: skip

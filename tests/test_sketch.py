@@ -33,7 +33,7 @@ def _projectors(state):
     ("ascent", "transport", "base"),
     [
         ("none", "keep", None),
-        ("none", "rotate", None),
+        problems.slow("none", "rotate", None),
         ("none", "reset", None),
         ("subspace", "keep", None),
         ("momentum", "keep", None),
