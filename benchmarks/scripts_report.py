@@ -20,7 +20,7 @@ SCRIPTS = {
     "zeroth_order_memory": "Memory of zeroth-order steps beyond a forward pass",
 }
 MAIN_JOB = (
-    "One seed, both at the best of what was tried, 14 settings of LORENZA and 4 rates of AdamW, "
+    "One seed, both at the best of what was tried, {} settings of LORENZA and {} rates of AdamW, "
     "chosen by this same loss. LORENZA has a second step size in its `scale`, here 0.5; AdamW with "
     "the same freedom is level with it (next table, run at another time with an older version, "
     "whose figures differ in the third digit). Of three seeds and two texts, tuned alike and apart "
@@ -51,7 +51,10 @@ def section(folder):
 def _body(name, stored):
     found = stored[name]
     if name == "main_job":
-        return [*main_job.markdown(found).splitlines(), "", MAIN_JOB]
+        trials = [row["trial"] for row in stored.get("pretrain_tuning", ())]
+        ours = sum(name == "lorenza" for name, _ in trials)
+        theirs = sum(name == "adamw" and "scale" not in of for name, of in trials)
+        return [*main_job.markdown(found).splitlines(), "", MAIN_JOB.format(ours, theirs)]
     if name == "family":
         return table_of_family.markdown(found).replace("](", "](../").splitlines()
     if name == "pretrain_tuning":

@@ -45,6 +45,19 @@ def mean_and_deviation(values, digits, unit=""):
     return f"{statistics.fmean(values):{sign}.{digits}f}{spread}{unit}"
 
 
+class Difference(NamedTuple):
+    """An estimate and its interval of 95 %, whose edges are None of one seed."""
+
+    estimate: float
+    low: float | None
+    high: float | None
+
+    def shown(self, digits=1, unit=""):
+        estimate, *edges = ("" if x is None else f"{x:+.{digits}f}" for x in self)
+        about = " to ".join(edges) if None not in self else "one seed"
+        return f"{estimate}{unit and f' {unit}'} ({about})"
+
+
 class Spread(NamedTuple):
     """A standard deviation and its degrees of freedom."""
 
@@ -64,12 +77,13 @@ def t_interval(values, unit="", digits=1, spread=None):
     """The mean of paired differences and its interval of 95 % by Student's t."""
     if not values:
         return "-"
-    unit = unit and f" {unit}"
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return f"{mean:+.{digits}f}{unit} (one seed)"
-    low, high = (f"{edge:+.{digits}f}" for edge in t_edges(values, spread))
-    return f"{mean:+.{digits}f}{unit} ({low} to {high})"
+    return t_difference(values, spread).shown(digits, unit)
+
+
+def t_difference(values, spread=None):
+    """The same in numbers, of one value or more."""
+    edges = t_edges(values, spread) if len(values) > 1 else (None, None)
+    return Difference(statistics.fmean(values), *edges)
 
 
 def t_edges(values, spread=None):

@@ -115,8 +115,9 @@ def nnx_train_step(
     r"""A training step for a loss that is written on an NNX module.
 
     What the loss changes in the model (running statistics of ``nnx.BatchNorm``, counters of
-    ``nnx.Rngs``) is the same at all points that one step evaluates, so that dropout masks are
-    those of one batch on both sides of a difference, and is changed once.
+    ``nnx.Rngs``), and in NNX objects among its arguments, is the same at all points that one step
+    evaluates, so that dropout masks are those of one batch on both sides of a difference, and is
+    changed once.
 
     Args:
       loss_fn: ``loss_fn(model, *args, **kwargs)`` to a scalar, or with ``has_aux`` to (scalar,

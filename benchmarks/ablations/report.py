@@ -12,7 +12,7 @@ from benchmarks import experiments, finetuning, pretraining, tables
 from benchmarks.ablations import training, variants
 from benchmarks.ablations.variants import VARIANTS
 from benchmarks.finetuning import paired
-from benchmarks.finetuning.paired import Difference
+from benchmarks.tables import Difference
 
 # What the measurements led to, by question. A default changes where a change is better beyond its
 # interval in one place and not worse in any other.
@@ -124,11 +124,7 @@ class _Column(NamedTuple):
     def shown(self):
         if self.found is None:
             return "-"
-        unit = " %" * (self.experiment == LOSS)
-        estimate, *edges = self.found
-        if None in edges:
-            return f"{estimate:+.2f}{unit} (one seed)"
-        return f"{estimate:+.2f}{unit} ({edges[0]:+.2f} to {edges[1]:+.2f})"
+        return self.found.shown(2, "%" * (self.experiment == LOSS))
 
     def is_better(self):
         return self._is_beyond(-1 if self.experiment == LOSS else 1)
@@ -158,9 +154,12 @@ class _Columns:
     def of(self, name):
         of = self._found.get(name, {})
         columns = [
-            _Column(f"loss, {place[1]}", LOSS, _of_losses(of.get(place, ()), self._spreads[place]))
+            _Column(
+                f"loss, {place[1]}", LOSS,
+                tables.t_difference(of[place], self._spreads[place]) if place in of else None,
+            )
             for place in self._losses
-        ]
+        ]  # fmt: skip
         if not self._tasks:
             return columns
         tasks = [of.get(place) for place in self._tasks]
@@ -178,13 +177,6 @@ class _Columns:
         """The smaller Llama, or all tasks."""
         columns = [column for column in self.of(name) if column.experiment == experiment]
         return columns[0 if experiment == LOSS else -1] if columns else None
-
-
-def _of_losses(percents, spread):
-    if not percents:
-        return None
-    edges = tables.t_edges(percents, spread) if len(percents) > 1 else (None, None)
-    return Difference(statistics.fmean(percents), *edges)
 
 
 def _of_points(tasks):

@@ -18,19 +18,10 @@ import numpy as np
 from scipy import stats
 
 import glue
+from benchmarks.tables import Difference
 
 REPLICATES = 2000
 LEVEL = 0.95
-
-
-class Difference(NamedTuple):
-    estimate: float
-    low: float
-    high: float
-
-    def shown(self, digits=1):
-        estimate, low, high = (f"{x:+.{digits}f}" for x in self)
-        return f"{estimate} ({low} to {high})"
 
 
 class Paired(NamedTuple):

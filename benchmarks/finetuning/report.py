@@ -86,9 +86,8 @@ def _explanation(cells):
     cell = cells[0]
     budgets = {c["examples"]: c["epochs"] for c in cells if METHODS[c["method"]].longer == 1}
     steps = ", ".join(
-        f"{examples} examples {epochs} epochs" + (
-            f" ({examples * epochs // cell['batch_size']} steps)" if examples else ""
-        ).replace("None", "all")
+        f"{examples or 'all'} examples {epochs} epochs"
+        + (f" ({examples * epochs // cell['batch_size']} steps)" if examples else "")
         for examples, epochs in budgets.items()
     )  # fmt: skip
     return [

@@ -67,7 +67,7 @@ def _explanation(cells, records):
     )
     return [
         f"Llamas in batches of {cell['batch_size']} sequences of {cell['seq_len']} tokens, which "
-        f"at the CPU's size are bytes ({budgets}: so the larger is trained the less). All methods, "
+        f"at the CPU's size are bytes ({budgets}). All methods, "
         "AdamW too, have two learning rates, one of the matrices that LORENZA projects and one of "
         f"all other leaves, tuned with {len(METHODS['adamw'].trials(True))} trials (three rates of "
         "the matrices, of which tables mark the edges, and two of the others, which are edges both)"
