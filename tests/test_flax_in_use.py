@@ -66,16 +66,14 @@ def test_rngs_and_metrics_may_be_arguments(gradient):
 
     model, optimizer = make(lorenza())
     rngs, metric = nnx.Rngs(3), nnx.metrics.Average()
+    first = float(loss(make(lorenza())[0], X, nnx.Rngs(3), nnx.metrics.Average()))
     step = nnx.jit(nnx_train_step(loss, gradient=gradient, **GRADIENTS[gradient]))
     for done in range(1, 4):
         step(model, optimizer, X, rngs, metric=metric)
         assert int(rngs.default.count[...]) == done  # all points of a step draw the same
         assert int(metric.count[...]) == done
-    once = nnx.Rngs(3)
-    expected, _ = make(lorenza())
-    copy = nnx.metrics.Average()
-    loss(expected, X, once, copy)
-    assert float(metric.total[...]) > float(copy.total[...])  # of the same first step, and more
+        if done == 1 and gradient != "subspace":  # there is no subspace yet to perturb in
+            assert float(metric.total[...]) == pytest.approx(first, rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow")

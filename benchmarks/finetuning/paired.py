@@ -57,6 +57,7 @@ METRICS = {"accuracy": accuracies, "matthews": correlations, "pearson": correlat
 
 
 def paired(metric, labels_N, first_SxN, second_SxN, seed=0, count=REPLICATES):
+    """Of predictions; ``seed`` draws the bootstrap's examples."""
     rng = np.random.default_rng(seed)
     (seeds, examples), of = first_SxN.shape, METRICS[metric]
     weights_RxN = rng.multinomial(examples, np.full(examples, 1 / examples), count) / examples
