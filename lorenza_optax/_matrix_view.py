@@ -163,9 +163,8 @@ def matrix_view(
     Args:
       shape: The leaf's shape.
       dimension_numbers: Row and column axes; None for rows 0 and columns 1.
-      proj_type: "std" compresses the shorter side (of a square the columns, as GaLore does),
-        "reverse_std" the longer one (of a square the rows), "left" the m rows, "right" the n
-        columns.
+      proj_type: "std" compresses the shorter side, "reverse_std" the longer one (of a square both
+        the rows, the input), "left" the m rows, "right" the n columns.
       granularity: c, by which k / c and l c must be whole numbers.
 
     Raises:
@@ -180,10 +179,10 @@ def matrix_view(
         raise ValueError("an axis is named twice")
     batch = tuple(axis for axis in range(len(shape)) if axis not in rows + columns)
     view = MatrixView(tuple(shape), batch, rows, columns, "left")
-    # GaLore's reference: tall and square matrices are multiplied by R from the right.
-    if proj_type == "right" or (proj_type == "std" and view.m >= view.n):
-        view = dataclasses.replace(view, compressed="right")
-    if proj_type == "reverse_std" and view.m < view.n:
+    # Of a square the input side: GaLore's reference compresses the columns, but those are the
+    # inputs of PyTorch's (outputs, inputs). The other side costs 4 % of the loss from scratch.
+    right = {"std": view.m > view.n, "reverse_std": view.m < view.n, "left": False, "right": True}
+    if right[proj_type]:
         view = dataclasses.replace(view, compressed="right")
     cut = view.compressed_size / granularity, view.free * granularity
     if any(size != int(size) for size in cut):

@@ -47,7 +47,7 @@ def test_attention_kernel_rows_and_columns():
     [  # std, reverse_std, left, right
         ((4, 6), ("left", "right", "left", "right")),
         ((6, 4), ("right", "left", "left", "right")),
-        ((5, 5), ("right", "left", "left", "right")),
+        ((5, 5), ("left", "left", "left", "right")),
     ],
 )
 def test_compressed_side(shape, sides):

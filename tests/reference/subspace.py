@@ -30,14 +30,15 @@ def compressed_side(shape, proj_type):
     """The side of an (m, n) matrix that is compressed to the rank.
 
     "left": the low-rank gradient is q^T g, (r, n). "right": it is g r_^T, (m, r).
-    "std" compresses the shorter dimension and "reverse_std" the longer one; a square matrix counts
-    as tall, so it is "right" under "std" and "left" under "reverse_std".
+    "std" compresses the shorter dimension and "reverse_std" the longer one; of a square matrix
+    both compress the rows. (Those are the inputs of y = x W. The published code multiplies squares
+    from the right, which compresses the inputs, too, as PyTorch's layers hold W transposed.)
     """
     if proj_type in ("left", "right"):
         return proj_type
-    tall = shape[0] >= shape[1]
+    rows, columns = shape
     if proj_type == "std":
-        return "right" if tall else "left"
+        return "right" if rows > columns else "left"
     if proj_type == "reverse_std":
-        return "left" if tall else "right"
+        return "right" if rows < columns else "left"
     raise ValueError(f"unknown proj_type {proj_type!r}")
