@@ -32,10 +32,10 @@ DECISIONS = {
     variants.TRANSPORT: '`"keep"` stays: `"rotate"` gains on the smaller Llama and loses as much '
     "or more on the larger, as in the main job (pretrain_tuning below); in fine-tuning it changes "
     "nothing that can be seen.",
-    variants.SIDE: 'From scratch `"left"`, the side of a matrix that meets its input, is better on '
-    'both Llamas, and keeps smaller moments of what it makes narrower. `"std"`, as published, '
-    "stays until that has been seen in fine-tuning, too: set it. The smaller moments of "
-    '`"reverse_std"` cost loss, and `"right"` costs more.',
+    variants.SIDE: 'Of a square matrix `"std"` compresses the side that meets the input, as the '
+    "published code does; until these runs it had GaLore's index and not its meaning, for PyTorch "
+    'holds a layer transposed. `"std"` stays: what compresses the output of squares (the row '
+    '"of squares the output", and `"right"`) loses a good deal from scratch, at no less state.',
     variants.STEP: "1.0 stays, and the learning rate is what to tune: half the step loses, twice "
     "is within the noise.",
     variants.DTYPES: "Left to the user: moments in bfloat16 and int8, and factors in bfloat16, "

@@ -79,6 +79,10 @@ VARIANTS = {
     "reset": Variant(TRANSPORT, '"reset"', {"moment_transport": "reset"}),
     "reverse_std": Variant(SIDE, '"reverse_std"', {"proj_type": "reverse_std"}),
     "left": Variant(SIDE, '"left"', {"proj_type": "left"}, also_larger=True),
+    "squares_transposed": _only_pretraining(
+        SIDE, '"std", of squares the output',
+        changes={"weight_dimension_numbers": "squares_transposed"}, also_larger=True,
+    ),
     "right": _only_pretraining(SIDE, '"right"', changes={"proj_type": "right"}),
     "scale_half": _only_pretraining(STEP, "half", rate_factor=0.5),
     "scale_2": _only_pretraining(STEP, "twice", rate_factor=2.0),

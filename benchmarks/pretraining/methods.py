@@ -93,8 +93,25 @@ def _where(params, yes, no):
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
+def _squares_transposed(params):
+    """Squares as PyTorch holds them, so that "std" compresses the outputs of our kernels."""
+    usual = lorenza_optax.WeightDimensionNumbers()
+    transposed = lorenza_optax.WeightDimensionNumbers(reduction_axis=1, output_axis=0)
+    chosen = _where(params, usual, None)
+    return jax.tree.map(
+        lambda leaf, numbers: transposed if numbers and len(set(leaf.shape)) == 1 else numbers,
+        params, chosen,
+    )  # fmt: skip
+
+
+NUMBERS = {"squares_transposed": _squares_transposed}  # by the name that a cell holds
+
+
 def transformation(method, settings, matrices, others, unit, arguments) -> Any:
     """The whole optimizer: `unit` is the schedule for a peak of 1; rates may be traced."""
+    if "weight_dimension_numbers" in arguments:
+        numbers = NUMBERS[arguments["weight_dimension_numbers"]]
+        arguments = {**arguments, "weight_dimension_numbers": numbers}
     return optax.chain(
         METHODS[method].build(settings, **arguments),
         optax.masked(optax.scale(matrices / others), lambda params: _where(params, True, False)),
