@@ -102,7 +102,9 @@ def _linen_kernel(module: linen.Module, ndim: int) -> Numbers:
         return _general(len(module.batch_dims), len(axis), ndim)
     if isinstance(module, linen.Einsum) and module.einsum_str is not None:
         return _einsum(module.einsum_str)
-    if isinstance(module, (linen.Dense, linen.Conv, linen.ConvTranspose)):
+    if isinstance(module, (linen.Conv, linen.ConvTranspose)):
+        return _convolution(module, ndim)
+    if isinstance(module, linen.Dense):
         return _general(0, ndim - 1, ndim)
     return None
 
@@ -121,7 +123,7 @@ def _of_nnx(model: nnx.Module) -> dict[str, Numbers]:
             kernels[name] = _general(len(batch), len(module.in_features), len(own[name]))
         elif isinstance(module, (nnx.Conv, nnx.ConvTranspose)):
             own[name] = tuple(module.kernel_shape)
-            kernels[name] = _general(0, len(own[name]) - 1, len(own[name]))
+            kernels[name] = _convolution(module, len(own[name]))
         elif isinstance(module, nnx.Einsum):
             own[name] = tuple(module.kernel_shape)
             kernels[name] = _einsum(module.einsum_str)
@@ -142,6 +144,13 @@ def _general(batch: int, inputs: int, ndim: int) -> Numbers:
     """Batch axes, then those of the input, then those of the output."""
     split = batch + inputs
     return WeightDimensionNumbers(tuple(range(batch, split)), tuple(range(split, ndim)))
+
+
+def _convolution(module: Any, ndim: int) -> Numbers:
+    """The window and the input, then the output; at the end in turns if transposed."""
+    if getattr(module, "transpose_kernel", False):
+        return WeightDimensionNumbers((*range(ndim - 2), ndim - 1), (ndim - 2,))
+    return _general(0, ndim - 1, ndim)
 
 
 def _einsum(equation: str) -> Numbers:

@@ -163,8 +163,9 @@ def matrix_view(
     Args:
       shape: The leaf's shape.
       dimension_numbers: Row and column axes; None for rows 0 and columns 1.
-      proj_type: "std" compresses the shorter side, "reverse_std" the longer one (of a square both
-        the rows, the input), "left" the m rows, "right" the n columns.
+      proj_type: "std" compresses the shorter side, "reverse_std" the longer one, "left" the m
+        rows, "right" the n columns. Of a square the first two compress the rows, the input: "std"
+        as GaLore's code does, "reverse_std" as ``optax.contrib.galore``.
       granularity: c, by which k / c and l c must be whole numbers.
 
     Raises:

@@ -42,6 +42,20 @@ class LinenNet(linen.Module):
         return embed.attend(x)  # a tied head
 
 
+@pytest.mark.parametrize(
+    ("transposed", "shape", "numbers"),
+    [(False, (3, 6, 4), ((0, 1), (2,))), (True, (3, 4, 6), ((0, 2), (1,)))],
+)
+def test_a_transposed_kernel_holds_its_output_before_its_input(transposed, shape, numbers):
+    of_linen = linen.ConvTranspose(4, (3,), transpose_kernel=transposed)
+    of_nnx = nnx.ConvTranspose(6, 4, (3,), transpose_kernel=transposed, rngs=nnx.Rngs(0))
+    assert of_nnx.kernel.shape == shape
+    expected = {"kernel": lorenza_optax.WeightDimensionNumbers(*numbers), "bias": None}
+    assert weight_dimension_numbers(of_linen, jax.ShapeDtypeStruct((2, 5, 6), float)) == expected
+    found = weight_dimension_numbers(of_nnx)
+    assert (found["kernel"], found["bias"]) == (expected["kernel"], None)
+
+
 class NnxBlock(nnx.Module):
     def __init__(self, rngs):
         self.attention = nnx.MultiHeadAttention(4, WIDTH, decode=False, rngs=rngs)

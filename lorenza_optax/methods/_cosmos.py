@@ -62,9 +62,9 @@ def cosmos(
       eps: ε.
       weight_decay: Decoupled weight decay λ.
       mask: Optax's weight-decay mask.
-      proj_type: "std" (the shorter side is compressed), "reverse_std", "left" or "right". The
-        paper compresses the n columns of W (m, n), "right"; of the published code some versions
-        compress the rows. With "std" the QR is cheapest, and the norm √k of a step Muon's.
+      proj_type: "std" (the shorter side is compressed), "reverse_std", "left" or "right". Of the
+        published code's versions one compresses the inputs, "left", and one the outputs, "right".
+        With "std" the QR is cheapest, and the norm √k of a step Muon's.
       weight_dimension_numbers: As in :func:`lorenza_optax.lorenza`.
       gradient_transform: Applied to the gradient before it is projected.
       axis_name: Mapped axis over which ``value_fn`` is per device.

@@ -56,7 +56,8 @@ def flora(
     layers, as a whole.
 
     The published codes differ: in all of them D has m from before or after it takes G, and G is
-    normalized and not D, or G gives the V̂ of D; that in JAX does not carry m over a switch.
+    normalized and not D, or G gives the V̂ of D; that in JAX does not carry m over a switch, and
+    compresses the outputs of a square, where that in PyTorch compresses the inputs, as here.
 
     Args:
       learning_rate: Step size γ, relative to the parameters, a float or a schedule.

@@ -59,7 +59,9 @@ def galore(
       weight_decay: Decoupled weight decay λ.
       mask: Optax's weight-decay mask.
       subspace: "svd" or "randomized_svd".
-      proj_type: "std" (the shorter side is compressed), "reverse_std", "left" or "right".
+      proj_type: "std" (the shorter side is compressed), "reverse_std", "left" (the rows, which of
+        a Flax kernel are the inputs) or "right". In the published code the last two are those of
+        PyTorch's (outputs, inputs), the opposite.
       moment_dtype: None (float32), "bfloat16" or "int8", as in :func:`lorenza_optax.lorenza`.
       weight_dimension_numbers: Which axes form the matrix of which leaf, likewise.
       gradient_transform: Applied to the gradient before it is projected.

@@ -41,7 +41,8 @@ def lozo(
     P (k, r) and N_j (r, l) have entries N(0, 1). P is new every ν updates and regenerated from the
     seed; N_j (the paper's U) is new each time. Other leaves take MeZO's step. The official code
     always compresses the columns of PyTorch's (outputs, inputs), ``proj_type="left"`` of a Flax
-    kernel; does not divide by r; and projects embeddings, which here must be selected.
+    kernel; does not divide by r; and projects embeddings, which here must be selected (both hold
+    them alike, so that "std" is its side of them).
 
     Args:
       learning_rate: Step size γ.

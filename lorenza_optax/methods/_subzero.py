@@ -45,7 +45,7 @@ def subzero(
 
     U (m, r) and V (n, r) are bases of Gaussians, kept in the state; Z_j (r, r) has entries N(0, 1).
     With s a direction is as long as a Gaussian of the whole size, so that MeZO's learning rates and
-    μ fit; we have seen it in forks of the published code only. Other leaves take MeZO's step.
+    μ fit; the published code has it. Other leaves take MeZO's step.
 
     Args:
       learning_rate: Step size γ.

@@ -47,7 +47,8 @@ def zo_muon(
     A step in W has the same length whatever the slopes, other leaves take
     :math:`\gamma_o d z` as in MeZO, for which the learning rates that fit W are far too large: the
     published code has a fixed rate of 1e-7 for leaves of one dimension. ``others_scale`` is
-    :math:`\gamma_o / \gamma`.
+    :math:`\gamma_o / \gamma`. That code always compresses the rows of PyTorch's (outputs, inputs),
+    ``proj_type="right"`` of a Flax kernel.
 
     Args:
       learning_rate: Step size γ; 1e-2 in the paper's run of OPT-13B.
