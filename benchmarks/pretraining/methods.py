@@ -122,7 +122,7 @@ def transformation(method, settings, matrices, others, unit, arguments) -> Any:
 
 METHODS = {
     "adamw": Method(_adam, 3e-3, call=optimizers.call_with_gradient, smallest=7.5e-3),
-    "galore": Method(_at_intervals(methods.scale_by_galore), 1e-2),
+    "galore": Method(_at_intervals(methods.scale_by_galore), 1e-2, smallest=2.5e-2),
     "fira": Method(_at_intervals(methods.scale_by_fira), 1e-2),
     "lotus": Method(_lotus, 1e-2),
     "lorenza": Method(_perturbed(lorenza_optax.scale_by_lorenza), 1e-2, passes=5),
