@@ -245,6 +245,7 @@ NANO = plan.Size(
     {20: 2, 24: 1},
     {20: 20, 24: 20},
     {20: ((("adamw",), LENGTHS), (("lora",), LENGTHS)), 24: ((("adamw",), LENGTHS),)},
+    {},
 )
 
 
@@ -317,6 +318,18 @@ def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
     assert "Points above AdamW" in text
     assert "Nothing to compare with SAM yet." in text
     assert (nano / "finetuning" / "differences-cpu-20.png").stat().st_size > 1000
+
+
+def test_a_task_may_take_the_tuning_of_another_one(monkeypatch):
+    groups = {20: ((("galore", "lorenza_zo"), LENGTHS),), 24: ((("lorenza_zo",), LENGTHS),)}
+    lent = NANO._replace(groups=groups, tuned_on={"stsb": "sst2"})
+    monkeypatch.setattr(plan, "PLANS", {"cpu": lent})
+    cells = experiments.checked(finetuning.cells("cpu"))
+    borrowers = [cell for cell in cells if cell["task"] == "stsb"]
+    assert [cell["kind"] for cell in borrowers] == 6 * ["final"]
+    needed = {need for cell in borrowers for need in cell["needs"]}
+    assert needed == {cell["id"] for cell in cells if cell["kind"] == "tuning"}
+    assert plan.borrowed_tunings(cells) == [("stsb", "sst2")]
 
 
 def test_report_of_all_tasks_has_averages_and_findings(tmp_path):

@@ -41,9 +41,9 @@ VARIANTS = {
         pretraining="lorenza_subspace", fine_tuning="lorenza_subspace",
     ),
     "rho0": Variant(RADIUS, "0", rho_factor=0.0, also_larger=True),
-    "rho_third": Variant(RADIUS, "rho / 3", rho_factor=1 / 3),
-    "rho_3": Variant(RADIUS, "3 rho", rho_factor=3.0),
-    "rho_10": Variant(RADIUS, "10 rho", rho_factor=10.0),
+    "rho_third": _only_pretraining(RADIUS, "rho / 3", rho_factor=1 / 3),
+    "rho_3": _only_pretraining(RADIUS, "3 rho", rho_factor=3.0),
+    "rho_10": _only_pretraining(RADIUS, "10 rho", rho_factor=10.0),
     "rho_third_subspace": Variant(
         RADIUS, 'rho / 3, ascent="subspace"', None, 1 / 3,
         pretraining="lorenza_subspace", fine_tuning="lorenza_subspace",
@@ -68,7 +68,7 @@ VARIANTS = {
     "forward": _only_pretraining(
         DIFFERENCE, "forward, mu = 1e-3", changes={"estimator": "forward", "mu": 1e-3}
     ),
-    "probes_4": Variant(PROBES, "4", {"num_probes": 4}),
+    "probes_4": _only_pretraining(PROBES, "4", changes={"num_probes": 4}),
     "probes_16": _only_pretraining(PROBES, "16", changes={"num_probes": 16}),
     "momentum": Variant(ASCENT, '"momentum"', {"ascent": "momentum"}),
     "signed_momentum": Variant(ASCENT, '"signed_momentum"', {"ascent": "signed_momentum"}),
@@ -76,9 +76,11 @@ VARIANTS = {
     "rotate": Variant(
         TRANSPORT, '"rotate"', {"moment_transport": "rotate"}, also_larger=True
     ),
-    "reset": Variant(TRANSPORT, '"reset"', {"moment_transport": "reset"}),
-    "reverse_std": Variant(SIDE, '"reverse_std"', {"proj_type": "reverse_std"}),
-    "left": Variant(SIDE, '"left"', {"proj_type": "left"}, also_larger=True),
+    "reset": _only_pretraining(TRANSPORT, '"reset"', changes={"moment_transport": "reset"}),
+    "reverse_std": _only_pretraining(SIDE, '"reverse_std"', changes={"proj_type": "reverse_std"}),
+    "left": _only_pretraining(
+        SIDE, '"left"', changes={"proj_type": "left"}, also_larger=True
+    ),
     "squares_transposed": _only_pretraining(
         SIDE, '"std", of squares the output',
         changes={"weight_dimension_numbers": "squares_transposed"}, also_larger=True,

@@ -135,5 +135,6 @@ METHODS = {
 }
 # What is complete first.
 FIRST = ("adamw", "galore", "sam", "lorenza_zo", "lorenza_subspace")
-REST = ("lora", "fira", "lorenza_plus", "vlorp", "adazo_sam")
+REST = ("lora", "fira", "lorenza_plus", "vlorp")
+SLOW = ("adazo_sam",)  # its probes perturb the embedding, too
 LONGER = ("lozo", "mezo")  # on a CPU MeZO's noise takes longer to draw than its passes

@@ -4,7 +4,7 @@ import math
 import statistics
 from typing import NamedTuple
 
-from benchmarks.finetuning.methods import FIRST, HELD_OUT, LONGER, METHODS, REST
+from benchmarks.finetuning.methods import FIRST, HELD_OUT, LONGER, METHODS, REST, SLOW
 
 # Apart from those of the final runs, so that none of these has helped to choose. The second draw is
 # for the better half of the first: the luck of one may exceed what lies between two trials.
@@ -18,6 +18,7 @@ class Size(NamedTuple):
     epochs: dict  # by number of examples
     tuned_at: dict  # number of examples at which the hyperparameters are chosen, by the same
     groups: dict  # by number of examples, (methods, tasks), each finished before the next
+    tuned_on: dict  # by task, if not itself, that whose tuning serves it, too
 
 
 # On a CPU a step takes time in proportion to the length: in training these cut 1 % of CoLA, 5 % of
@@ -31,15 +32,19 @@ PLANS = {
         (256, 1024), 3, SHORT, {256: 4, 1024: 3}, {256: 256, 1024: 256},
         {
             256: (
-                (FIRST, LEARNED), (REST, LEARNED), (("lozo",), ("sst2",)), (FIRST, HARD),
+                (FIRST, LEARNED), (REST, LEARNED), (FIRST, HARD), ((*SLOW, "lozo"), ("sst2",)),
             ),
-            1024: ((FIRST, LEARNED), (FIRST, HARD)),
+            1024: ((FIRST, LEARNED),),
         },
+        dict.fromkeys(HARD, "sst2"),
     ),
     "full": Size(
         (256, 1024, None), 10, LONG, {256: 6, 1024: 6, None: 3},
         {256: 256, 1024: 1024, None: 1024},
-        dict.fromkeys((256, 1024, None), tuple((m, tuple(LONG)) for m in (FIRST, REST, LONGER))),
+        dict.fromkeys(
+            (256, 1024, None), tuple((m, tuple(LONG)) for m in (FIRST, REST + SLOW, LONGER))
+        ),
+        {},
     ),
 }  # fmt: skip
 SHARED = {"batch_size": 16, "rank": 8, "update_proj_gap": 20}
@@ -70,10 +75,10 @@ def _of_method(size, plan, examples, task, name):
         **SHARED,
         "group": f"{size}-{task}-{name}",
     }
-    # The tuning of another number of examples may serve this one.
+    # The tuning of another number of examples, or of another task, may serve this one.
     prefix = f"{size}-{{}}-{task}-{name}"
-    tuned_at = plan.tuned_at[examples]
-    base = _tuning_of(size, tuned_at, task, method.middle) if method.radii else ()
+    tuned_at, tuned_on = plan.tuned_at[examples], plan.tuned_on.get(task, task)
+    base = _tuning_of(size, tuned_at, tuned_on, method.middle) if method.radii else ()
     tuning = [
         {
             "id": f"{prefix.format(tuned_at)}-tune{index}",
@@ -104,12 +109,12 @@ def _of_method(size, plan, examples, task, name):
             "kind": "final",
             **common,
             "seed": seed,
-            "needs": _tuning_of(size, tuned_at, task, name),
+            "needs": _tuning_of(size, tuned_at, tuned_on, name),
             "work": work + 1000 * score_len,
         }
         for seed in range(plan.seeds)
     ]
-    return [*tuning, *again, *final] if tuned_at == examples else final
+    return [*tuning, *again, *final] if (tuned_at, tuned_on) == (examples, task) else final
 
 
 def _tuning_of(size, examples, task, name):
@@ -117,6 +122,17 @@ def _tuning_of(size, examples, task, name):
     trials = len(METHODS[name].trials())
     of = [f"tune{index}" for index in range(trials)] + [f"again{i}" for i in range(trials // 2)]
     return [f"{size}-{examples}-{task}-{name}-{suffix}" for suffix in of]
+
+
+def borrowed_tunings(cells):
+    """(task, the task whose tuning it takes), where these are not the same."""
+    pairs = {
+        (cell["task"], need.split("-")[2])
+        for cell in cells
+        if cell["kind"] == "final"
+        for need in cell.get("needs", ())
+    }
+    return sorted(pair for pair in pairs if len(set(pair)) == 2)
 
 
 def ranked(results):

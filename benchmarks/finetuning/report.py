@@ -8,6 +8,7 @@ import glue
 from benchmarks import experiments, tables
 from benchmarks.finetuning import paired
 from benchmarks.finetuning.methods import HELD_OUT, METHODS
+from benchmarks.finetuning.plan import borrowed_tunings
 
 BASELINES = ("galore", "adamw", "sam")
 SUBJECTS = ("lorenza_zo", "lorenza_subspace", "lorenza_plus")  # of the findings
@@ -90,6 +91,8 @@ def _explanation(cells):
         + (f" ({examples * epochs // cell['batch_size']} steps)" if examples else "")
         for examples, epochs in budgets.items()
     )  # fmt: skip
+    pairs = [[glue.TASKS[task].folder for task in pair] for pair in borrowed_tunings(cells)]
+    borrowed = "".join(f" {task} takes what was tuned on {other}." for task, other in pairs)
     return [
         f"MiniLM-L6 (22.6 M parameters) on RTE, CoLA, SST-2 and STS-B, in batches of "
         f"{cell['batch_size']} ({steps}), AdamW's weight decay and one schedule for all; low-rank "
@@ -97,14 +100,13 @@ def _explanation(cells):
         "trials of tuning: six learning rates, a factor of 2 apart, or, where there is a radius, "
         "two radii at three rates round the rate that was tuned for the same method without "
         "perturbation (AdamW, GaLore, Fira), whose tuning serves them, too. They are scored on "
-        f"{HELD_OUT} other examples of the "
-        "train set; the better three are trained and scored on a second draw, too, and the one "
-        "with the best mean is chosen. It is then trained on other draws, one for each seed, and "
-        "scored on the development set; of one seed all methods see the same examples in the same "
-        "order. (This design is the third. The earlier ones were given up after final runs had "
-        "been seen, [PLAN.md](PLAN.md) says which and why; all runs here follow the last.) Scores "
-        "are in points (100 times the metric): accuracy for RTE and SST-2, Matthews' correlation "
-        "for CoLA, Pearson's for STS-B.",
+        f"{HELD_OUT} other examples of the train set; the better three are trained and scored on a "
+        f"second draw, too, and the one with the best mean is chosen.{borrowed} It is then "
+        "trained on other draws, one for each seed, and scored on the development set; of one seed "
+        "all methods see the same examples in the same order. (This design is the third. The "
+        "earlier ones were given up after final runs had been seen, [PLAN.md](PLAN.md) says which "
+        "and why; all runs here follow the last.) Scores are in points (100 times the metric): "
+        "accuracy for RTE and SST-2, Matthews' correlation for CoLA, Pearson's for STS-B.",
         "",
         "Intervals are of 95 %, by Student's t, over seeds and over the examples that score: the "
         "variance of the paired differences between seeds, though no less than what the examples "
