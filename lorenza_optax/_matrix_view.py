@@ -181,7 +181,7 @@ def matrix_view(
     batch = tuple(axis for axis in range(len(shape)) if axis not in rows + columns)
     view = MatrixView(tuple(shape), batch, rows, columns, "left")
     # Of a square the input side: GaLore's reference compresses the columns, but those are the
-    # inputs of PyTorch's (outputs, inputs). The other side costs 4 % of the loss from scratch.
+    # inputs of PyTorch's (outputs, inputs). The other side costs loss (benchmarks/RESULTS.md).
     right = {"std": view.m > view.n, "reverse_std": view.m < view.n, "left": False, "right": True}
     if right[proj_type]:
         view = dataclasses.replace(view, compressed="right")
