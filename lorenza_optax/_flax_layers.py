@@ -147,7 +147,7 @@ def _general(batch: int, inputs: int, ndim: int) -> Numbers:
 
 
 def _convolution(module: Any, ndim: int) -> Numbers:
-    """The window and the input, then the output; at the end in turns if transposed."""
+    """The window, the input, the output; of a transposed kernel the output before the input."""
     if getattr(module, "transpose_kernel", False):
         return WeightDimensionNumbers((*range(ndim - 2), ndim - 1), (ndim - 2,))
     return _general(0, ndim - 1, ndim)

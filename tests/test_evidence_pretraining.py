@@ -6,6 +6,8 @@ import optax
 import pytest
 from scipy import stats
 
+import lorenza_optax
+
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 from benchmarks import (  # noqa: E402
@@ -47,6 +49,9 @@ def nano(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "out")
     training._tokens.cache_clear()
     return tmp_path / "out"
+
+
+CHANGES = ("sign", "rotate", "squares_transposed")
 
 
 @pytest.mark.slow
@@ -103,21 +108,21 @@ def test_from_trials_to_the_report_and_the_ablations(nano, monkeypatch):
 
     # Ablations change one thing of those runs.
     variants = ablations_variants.VARIANTS
-    kept = {name: variants[name]._replace(fine_tuning="") for name in ("sign", "rotate")}
+    kept = {name: variants[name]._replace(fine_tuning="") for name in CHANGES}
     kept["same"] = kept["sign"]._replace(rho_factor=1.0)
     for function in (ablations.cells, ablations.report):
         monkeypatch.setitem(function.__globals__, "VARIANTS", kept)
     monkeypatch.setattr(ablations_plan, "PLACES", dict.fromkeys(("cpu", "full"), ("a", "b", 0)))
     assert run.main(["ablations", "--out", nano]) == 0
     changed, _ = experiments.read(nano / "ablations", ablations.cells("cpu"))
-    assert len(changed) == 3 * 2
+    assert len(changed) == 4 * 2
     base = result("a-stdlib-lorenza-seed0")["validation_loss"]
     losses = {
         name: changed[f"cpu-a-stdlib-lorenza-seed0-{name}"]["result"]["validation_loss"]
         for name in kept
     }
     assert losses.pop("same") == base
-    assert len({*losses.values(), base}) == 3
+    assert len({*losses.values(), base}) == 4
     text = report.build(nano, ["ablations"])
     assert "| as printed, -rho | LORENZA, zo |" in text
 
@@ -146,6 +151,19 @@ def test_each_kind_of_leaf_moves_at_its_own_rate():
     expected, _ = adam.update(grads, adam.init(params), params)
     updates, _ = tx.update(grads, tx.init(params), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, expected)
+
+
+def test_squares_can_be_compressed_on_the_other_side():
+    params = {"square": np.ones((8, 8)), "wide": np.ones((8, 16)), "bias": np.ones(8)}
+    numbers = methods.NUMBERS["squares_transposed"]
+    plans = (
+        lorenza_optax.projection_plan(params, 2, weight_dimension_numbers=chosen).projected
+        for chosen in (None, numbers)
+    )
+    usual, changed = ({path: leaf.matrix for path, leaf in of.items()} for of in plans)
+    assert usual["wide"] == changed["wide"]
+    assert (usual["square"].compressed, usual["square"].row_axes) == ("left", (0,))
+    assert (changed["square"].compressed, changed["square"].row_axes) == ("left", (1,))
 
 
 def test_every_method_has_the_same_budget():
