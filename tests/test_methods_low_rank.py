@@ -94,6 +94,22 @@ def test_galore_and_fira_agree_with_the_reference(method, arguments):
     _compare(method, reference_galore, COMMON | arguments, {"gap": GAP} | arguments | residual)
 
 
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (8, 8)])
+def test_galore_compresses_the_side_that_the_published_code_does(shape):
+    """It holds layers transposed, (outputs, inputs), and multiplies tall and square ones by V."""
+    gradient = np.random.default_rng(0).normal(size=shape[::-1])
+    outputs, inputs = gradient.shape
+    u, _, vh = np.linalg.svd(gradient, full_matrices=False)
+    if outputs >= inputs:
+        expected = np.sign(gradient @ vh[:RANK].T) @ vh[:RANK]  # the sign is Adam's first step
+    else:
+        expected = u[:, :RANK] @ np.sign(u[:, :RANK].T @ gradient)
+    kernel = {"kernel": jnp.asarray(gradient.T, jnp.float32)}
+    tx = methods.scale_by_galore(**COMMON, scale=1.0)
+    updates, _ = tx.update(kernel, tx.init(kernel), kernel)
+    np.testing.assert_allclose(updates["kernel"], expected.T, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("scale_type", "proj_type"), [("channel", "std"), ("tensor", "reverse_std")]
 )
