@@ -29,7 +29,7 @@ DECISIONS = {
     variants.PROBES: "1 stays: 4 and 16 find no more that shows in the loss.",
     variants.ASCENT: '`"zo"` stays, as published: from scratch the directions that see more of the '
     "ascent lose, or gain nothing.",
-    variants.TRANSPORT: '`"keep"` stays: `"rotate"` is ahead of it on the main job (pretrain_tuning '
+    variants.TRANSPORT: '`"keep"` stays: `"rotate"` is ahead on the main job (pretrain_tuning '
     "below, one seed), but nothing can be seen on the larger Llama and in fine-tuning.",
     variants.SIDE: 'Of a square matrix `"std"` compresses the side that meets the input, as the '
     "published code does; until these runs it had GaLore's index and not its meaning, for PyTorch "

@@ -54,12 +54,11 @@ def report(size, cells, records, folder):
 
 
 def again(size, cells, records):
-    """One run of LORENZA for each number of examples."""
+    """One run for each number of examples, of LORENZA where there is one."""
     expected = {}
-    for cell in cells:
+    for cell in sorted(cells, key=lambda cell: cell["method"] != "lorenza_zo"):
         key = cell["examples"]
-        is_ours = cell["kind"] == "final" and cell["method"] == "lorenza_zo"
-        if is_ours and cell["id"] in records and key not in expected:
+        if cell["kind"] == "final" and cell["id"] in records and key not in expected:
             name = glue.TASKS[cell["task"]].metrics[0]
 
             def value(result, name=name):
