@@ -141,8 +141,8 @@ def _independent_update(arguments, shape, params, opt_state, batch):
         _flat(tree)
         for tree in (state.projected.mu, state.projected.nu, state.others.mu, state.others.nu)
     )
-    # The shorter side is compressed, of a square the columns.
-    left = {path: weights[path].shape[-2] < weights[path].shape[-1] for path in mu}
+    # The shorter side is compressed, of a square the rows.
+    left = {path: weights[path].shape[-2] <= weights[path].shape[-1] for path in mu}
 
     def project(path, g):
         return q[path].mT @ g if left[path] else r[path] @ g.mT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -83,19 +83,28 @@ def masked(layers: Layers, leaves: Mapping[str, jax.Array], active: jax.Array) -
 
 
 def outlier_ratios(layers: Layers, leaves: Mapping[str, jax.Array], multiple: float) -> jax.Array:
-    """The share of each layer's weights that exceed ``multiple`` times their matrix's mean |w|.
+    """The share of each layer's weights that exceed ``multiple`` times their mean |w|.
 
     Of matrices that are projected, or where none is of all leaves; float32 (L,).
     """
     roles = [role for role in layers.roles if role.leaf.view is not None] or layers.roles
-    outliers = jnp.zeros(layers.number, jnp.float32)
-    for role in roles:
-        if role.axis is None:
-            outliers += jnp.stack([_outliers(leaves[p][None], multiple)[0] for p in role.paths])
-        else:
-            stack = jnp.moveaxis(leaves[role.paths[0]], role.axis, 0)
-            outliers += _outliers(stack, multiple)
-    return outliers / sum(math.prod(role.shape) for role in roles)
+    size = sum(math.prod(role.shape) for role in roles)
+
+    def summed(function: Callable[[jax.Array, jax.Array], jax.Array], of: jax.Array) -> jax.Array:
+        """The sum (L,) of ``function(|w|, a layer's number)`` over each layer's weights."""
+        total = jnp.zeros(layers.number, jnp.float32)
+        for role in roles:
+            if role.axis is None:
+                own = [function(_sizes(leaves[p]), of[i]) for i, p in enumerate(role.paths)]
+                total += jnp.stack([jnp.sum(each) for each in own])
+            else:
+                stack = jnp.moveaxis(_sizes(leaves[role.paths[0]]), role.axis, 0)
+                own = function(stack, of.reshape(-1, *[1] * (stack.ndim - 1)))
+                total += jnp.sum(own, axis=range(1, stack.ndim))
+        return total
+
+    means = summed(lambda sizes, _: sizes, jnp.zeros(layers.number)) / size
+    return summed(lambda sizes, mean: sizes > multiple * mean, means) / size
 
 
 def sampled(key: jax.Array, ratios: jax.Array, number: int) -> jax.Array:
@@ -109,9 +118,5 @@ def sampled(key: jax.Array, ratios: jax.Array, number: int) -> jax.Array:
     return jnp.sort(jax.lax.top_k(scores, number)[1]).astype(jnp.int32)
 
 
-def _outliers(stack: jax.Array, multiple: float) -> jax.Array:
-    """How many (L,) of the entries of each of a stack (L, ...) are outliers."""
-    sizes = jnp.abs(stack.astype(jnp.promote_types(stack.dtype, jnp.float32)))
-    axes = tuple(range(1, stack.ndim))
-    means = jnp.mean(sizes, axis=axes, keepdims=True)
-    return jnp.sum(sizes > multiple * means, axis=axes)
+def _sizes(weights: jax.Array) -> jax.Array:
+    return jnp.abs(weights.astype(jnp.promote_types(weights.dtype, jnp.float32)))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lorenza_optax._calls import check_shapes
@@ -61,6 +62,7 @@ def layerwise(
     sampling_interval: int,
     num_layers: int,
     layers: str | None,
+    layer_scores: Any,
     rank: Any,
     weight_dimension_numbers: Any,
     scale: Any,
@@ -80,6 +82,7 @@ def layerwise(
       sampling_interval: Updates between samplings.
       num_layers: k.
       layers: Pattern for :func:`find_layers`.
+      layer_scores: Numbers (L,) in place of those of ``odds``, or None.
       rank: Of the leaves by their own paths; likewise the next.
       weight_dimension_numbers: Of the leaves.
       scale: Factor of projected leaves' updates, a number or a schedule.
@@ -108,6 +111,11 @@ def layerwise(
             raise ValueError(
                 f"num_layers={num_layers} exceeds the {found.number} layers that are found, of"
                 f" {', '.join(role.name for role in found.roles)}."
+            )
+        if layer_scores is not None and np.shape(layer_scores) != (found.number,):
+            raise ValueError(
+                f"layer_scores must have one number for each of the {found.number} layers that are"
+                f" found, got shape {np.shape(layer_scores)}."
             )
         return found
 
@@ -170,7 +178,9 @@ def layerwise(
         due, seed = state.count % sampling_interval == 0, (state.rest.ascent.seed, state.count)
 
         def draw(leaves: Arrays, seed: jax.Array, count: jax.Array) -> jax.Array:
-            return sampled(step_key(seed, count, LAYERS), odds(found, leaves), num_layers)
+            scores = odds(found, leaves) if layer_scores is None else jnp.asarray(layer_scores)
+            scores = scores.astype(jnp.float32)
+            return sampled(step_key(seed, count, LAYERS), scores, num_layers)
 
         active = jax.lax.cond(
             due, lambda: in_auto_mode(draw, leaves, *seed, like=state.active), lambda: state.active

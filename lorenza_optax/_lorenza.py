@@ -205,7 +205,7 @@ def lorenza(
       weight_decay: Decoupled weight decay λ, a float or a schedule.
       mask: Optax's weight-decay mask; it has no say in which leaves are projected.
       proj_type: "std" compresses the shorter side of each matrix, of a square the rows, the input,
-        as published (moments are r × max(m, n)), "reverse_std" the longer one (least memory; as
+        as GaLore's code (moments are r × max(m, n)), "reverse_std" the longer one (least memory; as
         ``optax.contrib.galore``), "left" the rows, "right" the columns.
       moment_transport: At a refresh "keep" leaves the inner state as it is (GaLore), "reset"
         makes it new, "rotate" carries the moments over to the new basis (LDAdam). None was best

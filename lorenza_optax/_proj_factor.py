@@ -23,10 +23,10 @@ def proj_factor(b1: Any, b2: Any, eps: Any, eps_in_root: bool) -> Residual:
       \rho \leftarrow \beta_2 \rho + (1 - \beta_2)\, (O \circ O) 1, \quad
       \kappa \leftarrow \beta_2 \kappa + (1 - \beta_2)\, (O \circ O)^\top 1, \quad
       U = \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
-      \frac{P m}{\sqrt{\rho \kappa^\top / 1^\top \rho + \varepsilon}} .
+      \frac{P m}{\sqrt{\rho \kappa^\top / 1^\top \rho} + \varepsilon} .
 
     O is in the shape of the weight's matrix, whatever the granularity: ρ has k and κ has l
-    numbers.
+    numbers. ``eps_in_root`` takes ε into the root.
     """
 
     def update(now: Situation) -> tuple[Arrays, Memory]:

@@ -32,19 +32,19 @@ def transport(
 ) -> Any:
     r"""The inner state in the new subspace.
 
-    With :math:`C = P_{new}^\top P_{old}`, "rotate" is LDAdam's rule: the first moment is
-    carried as a vector, the second through its variance, because a plain rotation would turn
-    it negative:
+    With :math:`C = P_{new}^\top P_{old}`, "rotate" is LDAdam's rule but for the clipping: the first
+    moment is carried as a vector, the second through its variance, because a plain rotation would
+    turn it negative:
 
     .. math::
       m \leftarrow C m, \qquad
       \hat v \leftarrow (C \circ C) \max(\hat v - \hat m^2, 0) + (C \hat m)^2 .
 
     The hats are bias corrections: without them v is far below m² for hundreds of steps. It is
-    the variance that is clipped and not the sum, which would leave a v of 0 below an m that is
-    not: with and without the corrections that gave steps more than 20 times as long at a
-    refresh (a (24, 32) leaf, r = 4, T = 20). Where the decays are not known the rule acts on
-    the moments as they are: safe, and at first too cautious.
+    the variance that is clipped, where LDAdam's code takes the sum's absolute value. Clipping the
+    sum would leave a v of 0 below an m that is not: with and without the corrections that gave
+    steps more than 20 times as long at a refresh (a (24, 32) leaf, r = 4, T = 20). Where the
+    decays are not known the rule acts on the moments as they are: safe, and at first too cautious.
 
     Args:
       kind: "keep" (numbers stay at their index, as GaLore does), "reset" (as new, the count

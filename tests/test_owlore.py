@@ -155,6 +155,14 @@ def test_samples_in_proportion_to_outliers():
     assert 0.4 < np.mean(draws[:, 2] == 2) < 0.6
 
 
+def test_draws_by_scores_that_are_given():
+    params = _model()
+    for seed in range(5):
+        tx = _tx(layer_scores=[0, 3, 0, 1, 0], seed=seed)
+        ((_, state),) = _run(tx, params, [_model(seed=1)])
+        assert list(state[0].active) == [1, 3]
+
+
 def test_decay_and_clipping_are_of_what_is_trained():
     params, gradient = _model(), _model(seed=3)
     zeros = jax.tree.map(jnp.zeros_like, gradient)
@@ -327,6 +335,7 @@ def test_says_what_it_found_where_layers_are_not_clear(shapes, pattern, numbers,
         ({"sampling_interval": 0}, "sampling_interval must be at least 1"),
         ({"outlier_multiple": -1.0}, "outlier_multiple must be at least 0"),
         ({"num_layers": 6}, "num_layers=6 exceeds the 5 layers"),
+        ({"layer_scores": [1.0, 2.0]}, r"each of the 5 layers that are found, got shape \(2,\)"),
     ],
 )
 def test_errors(arguments, message):

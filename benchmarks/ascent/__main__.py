@@ -54,7 +54,7 @@ def projected(gradient, opt_state, rank):
     def part(path, leaf):
         if path not in plan.projected:
             return leaf
-        if leaf.shape[0] < leaf.shape[1]:  # the shorter side is compressed; of squares the right
+        if leaf.shape[0] <= leaf.shape[1]:  # the shorter side is compressed; of squares the left
             return left[path] @ (left[path].T @ leaf)
         return (leaf @ right[path].T) @ right[path]
 

@@ -95,8 +95,9 @@ def _explanation(cells):
     return [
         f"MiniLM-L6 (22.6 M parameters) on RTE, CoLA, SST-2 and STS-B, in batches of "
         f"{cell['batch_size']} ({steps}), AdamW's weight decay and one schedule for all; low-rank "
-        f"methods at rank {cell['rank']}, T = {cell['update_proj_gap']}. Each method has six "
-        "trials of tuning: six learning rates, a factor of 2 apart, or, where there is a radius, "
+        f"methods at rank {cell['rank']}, T = {cell['update_proj_gap']}. Texts are cut, to fewer "
+        "tokens in training than in scoring ([PLAN.md](PLAN.md)). Each method has six trials of "
+        "tuning: six learning rates, a factor of 2 apart (LOZO 4), or, where there is a radius, "
         "two radii at three rates round the rate that was tuned for the same method without "
         "perturbation (AdamW, GaLore, Fira), whose tuning serves them, too. They are scored on "
         f"{HELD_OUT} other examples of the train set; the better three are trained and scored on a "

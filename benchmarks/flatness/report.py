@@ -76,7 +76,8 @@ def _explanation(cells):
     return [
         "The final models, trained anew at the hyperparameters that were tuned for each method, "
         f"and the loss about them, in the mean over {measured} examples of their train "
-        "set and as many held-out ones, the same for all methods of a seed. Largest eigenvalue: "
+        "set and as many held-out ones, the same for all methods of a seed, texts cut as in "
+        "training. Largest eigenvalue: "
         "of the Hessian of all parameters, by Lanczos, until the residual is below "
         f"{100 * cell['tolerance']:g} % of it. Worst rise: the most that the loss rises at a "
         f"distance of at most {cell['rho']:g} (norm over all parameters), found in "

@@ -17,7 +17,9 @@ import lorenza_optax
 import optimizers
 from lorenza_optax import methods
 
-OTHERS = (5e-3, 2e-2)  # rates of embedding, head and norms: AdamW's and LORENZA's on the main job
+# Rates of embedding and norms (the head is one of the matrices): AdamW's and LORENZA's on the main
+# job.
+OTHERS = (5e-3, 2e-2)
 FACTOR = 2.5  # between the three rates of the matrices
 
 

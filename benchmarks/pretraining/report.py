@@ -74,7 +74,9 @@ def _explanation(cells, records):
         " on the standard library, scored on a twentieth of the train part; these rates serve both "
         f"texts.{_upper_rates(cells, records)} The rank is a quarter of the width, T is "
         f"{cell['update_proj_gap']}. The radius is not tuned, {cell['rho']:g} for all that have "
-        "one; a third of it suits the subspace better (ablations).",
+        "one; others are asked under ablations. Muon is Optax's, whose other leaves take Adam with "
+        "Nesterov's momentum. Lotus refreshes by its own rule at every T-th step at most, with a "
+        "threshold of 0.5 / T that is not tuned.",
     ]
 
 
@@ -167,20 +169,27 @@ def _differences(model, finals):
     rows = [
         [
             tables.NAMES[m],
-            *(
-                "-" if m == b else tables.t_interval(paired.over_texts(model, finals, m, b), "%")
-                for b in BASELINES
-            ),
+            *("-" if m == b else _percent(model, finals, m, b) for b in BASELINES),
         ]
         for m in methods
     ]
     return [
         "Validation loss above that of the baseline, in percent, the mean over texts, paired seed "
-        "by seed, with t intervals of 95 % over seeds (that share the tuning, so a lower bound of "
-        "the uncertainty):",
+        "by seed, with t intervals of 95 % over seeds, of the standard deviation that all methods "
+        "have in common, as three seeds say little of their own. They do not hold what tuning and "
+        "the choice of held-out text add, and all rows of a column share the baseline's runs, so "
+        "they are a lower bound of the uncertainty:",
         "",
         *tables.markdown(["method", *(f"above {tables.NAMES[b]}" for b in BASELINES)], rows),
     ]
+
+
+def _percent(model, finals, method, baseline):
+    """The mean of the differences and its interval, or nothing where there are none."""
+    methods = dict.fromkeys(key[2] for key in finals if key[0] == model)
+    groups = (paired.over_texts(model, finals, m, baseline) for m in methods if m != baseline)
+    pairs = paired.over_texts(model, finals, method, baseline)
+    return tables.t_interval(pairs, "%", spread=tables.pooled(groups)) if pairs else ""
 
 
 def _findings(size, finals):
@@ -190,16 +199,16 @@ def _findings(size, finals):
         parts = []
         for method in SUBJECTS:
             against = [
-                f"{tables.t_interval(pairs, '%')} to {tables.NAMES[baseline]}'s"
+                f"{shown} to {tables.NAMES[baseline]}'s"
                 for baseline in BASELINES
-                if (pairs := paired.over_texts(model, finals, method, baseline))
+                if (shown := _percent(model, finals, method, baseline))
             ]
             if against:
                 parts.append(f"of {tables.NAMES[method]} {' and '.join(against)}")
         others = [
-            f"{tables.NAMES[method]} {tables.t_interval(pairs, '%')}"
+            f"{tables.NAMES[method]} {shown}"
             for method in BESIDE
-            if (pairs := paired.over_texts(model, finals, method, "adamw"))
+            if (shown := _percent(model, finals, method, "adamw"))
         ]
         if parts and others:
             parts.append(f"of others to AdamW's {', '.join(others)}")

@@ -64,7 +64,10 @@ def of_cost(found):
         parts.append(f"in AdamW's time {times}")
     if flops:
         more = _over_sizes(counted, OURS[:1], _refresh)
-        parts.append(f"in AdamW's FLOPs {flops}; a refresh adds {more.rpartition('= 0 ')[2]}")
+        added = more.rpartition("= 0 ")[2]
+        parts.append(
+            f"in AdamW's FLOPs {flops}; a refresh adds {added}, decompositions not counted"
+        )
     if not parts:
         return []
     ranks = _by_rank(found)

@@ -52,11 +52,11 @@ def apollo(
     is not compressed. It keeps 2 r max(m, n) + 1 numbers a matrix. Moments stay as they are when
     P changes.
 
-    APOLLO-Mini has one scale a matrix and r = 1:
-    ``apollo(..., rank=1, scale_type="tensor", scale=128 ** 0.5)``.
+    APOLLO-Mini is ``apollo(..., rank=1, scale_type="tensor", scale=128 ** 0.5)``.
 
     The published code takes α² for its ``scale`` (128 for APOLLO-Mini), limits the norm before
-    Adam's bias is corrected, and adds 1e-8 to denominators; here a column of 0 has s = 0.
+    Adam's bias is corrected, adds ε = 1e-6 to the root before that, and 1e-8 to s's denominators;
+    here a column of 0 has s = 0. Selection and sides are as in :func:`galore`.
 
     Args:
       learning_rate: Step size γ, a float or a schedule; 1e-2 in the paper's runs on C4.

@@ -47,10 +47,12 @@ def fira(
     subspace holds less than a thousandth of a column: what is left there is round-off.
 
     The published code limits S before Adam's bias is corrected, which differs in the first
-    thousand updates. Its α is not a factor of S, see ``scale_added``.
+    thousand updates, and adds ε = 1e-6 to the root before that. Its α is not a factor of S, see
+    ``scale_added``. Selection, sides and signs are as in :func:`galore`.
 
     Args:
-      learning_rate: Step size γ, a float or a schedule; 1e-2 in the paper's runs on C4.
+      learning_rate: Step size γ, a float or a schedule; 1e-2 in the paper's runs on C4, which
+        are of ``scale_added=False``.
       rank: Rank r, as in :func:`lorenza_optax.lorenza`.
       update_proj_gap: T, in updates.
       scale: α, factor of the projected leaves' updates.

@@ -55,9 +55,10 @@ def flora(
     factor, m n for V. The last three steps are Optax's and take a leaf, such as a stack of
     layers, as a whole.
 
-    The published codes differ: in all of them D has m from before or after it takes G, and G is
-    normalized and not D, or G gives the V̂ of D; that in JAX does not carry m over a switch, and
-    compresses the outputs of a square, where that in PyTorch compresses the inputs, as here.
+    The published codes normalize G first and take m and D of that, ``normalize="before"``, so
+    their learning rates belong to it. They differ in whether D has m from before or after it takes
+    G; that in JAX does not carry m over a switch, and compresses the outputs of a square, where
+    that in PyTorch compresses the inputs, as here, and scales weight decay as it does the step.
 
     Args:
       learning_rate: Step size γ, relative to the parameters, a float or a schedule.
@@ -68,7 +69,7 @@ def flora(
       b1: β.
       decay_rate: V's decay is 1 - t^-decay_rate, as in ``optax.adafactor``.
       min_dim_size_to_factor: V is factored where a leaf has two dimensions of at least this.
-      normalize: "after" or, as in some of the published codes, "before": m and D are then of
+      normalize: "after" as above or, as in the published codes, "before": m and D are then of
         G / √V̂, with V̂ of G.
       weight_decay: Decoupled weight decay λ.
       mask: Optax's weight-decay mask.

@@ -43,7 +43,12 @@ def galore(
 
     It keeps 2 r max(m, n) + r min(m, n) numbers a matrix; the part of the gradient outside the
     subspace is dropped. The decomposition is exact, as published; ``subspace="randomized_svd"``
-    costs a small part of it. Moments stay as they are at a refresh.
+    costs a small part of it. Moments stay as they are at a refresh, and no singular vector turns
+    against the one that it follows; in the published code their signs are as they come.
+
+    That code projects attention and MLP only: the same is
+    ``weight_dimension_numbers=select_leaves(exclude="head")``, for here an untied head is a matrix
+    like others.
 
     Args:
       learning_rate: Step size γ, a float or a schedule; 1e-2 in the paper's runs on C4.
@@ -61,7 +66,8 @@ def galore(
       subspace: "svd" or "randomized_svd".
       proj_type: "std" (the shorter side is compressed), "reverse_std", "left" (the rows, which of
         a Flax kernel are the inputs) or "right". In the published code the last two are those of
-        PyTorch's (outputs, inputs), the opposite.
+        PyTorch's (outputs, inputs), the opposite, and "reverse_std" of a square compresses the
+        outputs; here, as in ``optax.contrib.galore``, the inputs.
       moment_dtype: None (float32), "bfloat16" or "int8", as in :func:`lorenza_optax.lorenza`.
       weight_dimension_numbers: Which axes form the matrix of which leaf, likewise.
       gradient_transform: Applied to the gradient before it is projected.

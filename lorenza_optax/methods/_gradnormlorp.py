@@ -51,7 +51,8 @@ def gradnormlorp(
 
     The published code differs: it keeps v, as large as W; it resets g to ‖v‖ at the start of
     each update, which forgets all that g has learned; its ∇_v lacks the projection on what is
-    orthogonal to v; and it treats a bias as one column.
+    orthogonal to v; and it splits all other leaves, too, a bias as one column. Selection and sides
+    are as in :func:`galore`.
 
     Args:
       learning_rate: Step size γ, a float or a schedule; 1e-2 in the published runs on C4. W is

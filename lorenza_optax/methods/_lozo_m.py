@@ -38,7 +38,7 @@ def lozo_m(
     r"""LOZO-M: :func:`lozo` with momentum that is kept in the subspace, r l numbers a matrix.
 
     .. math::
-      M \leftarrow \beta \tfrac1k P_{new}^\top P_{old} M \text{ (at a switch)}, \quad
+      M \leftarrow \tfrac1k P_{new}^\top P_{old} M \text{ (at a switch)}, \quad
       M \leftarrow \beta M + \frac{1 - \beta}{q r} \sum_j d_j N_j, \quad
       W_{t+1} = W_t - \gamma \alpha P M .
 

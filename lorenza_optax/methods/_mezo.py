@@ -42,8 +42,8 @@ def mezo(
       \hat g = \frac1q \sum_j d_j z_j, \quad z_j \sim N(0, I), \quad
       \theta_{t+1} = \theta_t - \gamma U(\hat g) .
 
-    U is the identity ("sgd"), the sign ("sign": all of :math:`\hat g`; the benchmark's code has
-    sign(d) z in one place), :math:`m \leftarrow \beta m + \hat g` ("momentum") or Adam ("adam").
+    U is the identity ("sgd"), the sign of each entry of :math:`\hat g` ("sign"; the benchmark has
+    sign(d) z), :math:`m \leftarrow \beta m + \hat g` ("momentum") or Adam ("adam").
     "conservative" takes of θ, θ + u and θ - u, with u the whole step, the one with the smallest
     loss on the batch, and the first of equal ones; three more forward passes.
 

@@ -26,6 +26,7 @@ def owlore(
     num_layers: int = 5,
     sampling_interval: int = 50,
     outlier_multiple: float = 13.0,
+    layer_scores: Any = None,
     layers: str | None = None,
     scale: optax.ScalarOrSchedule = 1.0,
     b1: jax.typing.ArrayLike = 0.9,
@@ -45,21 +46,19 @@ def owlore(
     r"""OwLore: GaLore on a few layers at a time, those with many outliers more often.
 
     .. math::
-      p_\ell \propto \frac{\lvert \{ w \in W_\ell :
-      \lvert w \rvert > M \operatorname{mean} \lvert W_\ell \rvert \} \rvert}
-      {\lvert W_\ell \rvert}, \quad
+      p_\ell \propto \frac{1}{\lvert W_\ell \rvert} \lvert \{ w \in W_\ell :
+      \lvert w \rvert > M \operatorname{mean} \lvert W_\ell \rvert \} \rvert, \quad
       W_\ell \leftarrow W_\ell - \gamma \alpha P \, \mathrm{Adam}(P^\top G_\ell)
       \text{ for the } k \text{ layers drawn from } p
 
     without replacement, every κ updates; leaves outside the layers are trained always. State is
     kept for k layers only and begins anew when layers are drawn, with a subspace of their next
     gradient. p is of the weights as they are then (uniform where no layer has an outlier). The
-    published code reads it from a file for one pre-trained model, and keeps the state of all
-    layers ever drawn, which go on with it when they are drawn again.
+    published code keeps the state of all layers ever drawn, and reads p from a file for one model,
+    whose numbers are too large for this formula (``layer_scores`` takes such).
 
     Layers may be stacked (scanned) or lie in subtrees of their own. What is saved is state: the
-    gradient is still taken of all layers. Gradients from outside need no function of this
-    library, ``jax.grad`` will do.
+    gradient is still taken of all layers, by ``jax.grad`` if it comes from outside.
 
     Args:
       learning_rate: Step size γ; 3e-4 in the published runs.
@@ -68,6 +67,7 @@ def owlore(
       num_layers: k; the published 5.
       sampling_interval: κ, in updates; the published 50.
       outlier_multiple: M; 13 in the name of the published file. No normal number is so large.
+      layer_scores: Numbers (L,) in place of shares of outliers, in any unit.
       layers: None to find the layers: stacks along a batch axis of
         ``weight_dimension_numbers``, with all that lies beside them, or else subtrees that
         differ in one number of their path. Or a regular expression on paths, such as

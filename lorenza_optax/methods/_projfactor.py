@@ -24,7 +24,7 @@ def projfactor(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-6,
-    eps_in_root: bool = True,
+    eps_in_root: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     subspace: str = "randomized_svd",
@@ -42,7 +42,7 @@ def projfactor(
     .. math::
       \hat g_t = P^\top G_t, \quad m \leftarrow \beta_1 m + (1 - \beta_1) \hat g_t, \quad
       \hat V = \text{factored mean of } (P \hat g_t)^2, \quad
-      W_{t+1} = W_t - \gamma \Big( \alpha \frac{P \hat m}{\sqrt{\hat V + \varepsilon}}
+      W_{t+1} = W_t - \gamma \Big( \alpha \frac{P \hat m}{\sqrt{\hat V} + \varepsilon}
       + \lambda W_t \Big) .
 
     GaLore without its second moment in the subspace: it keeps r max(m, n) + r min(m, n) + m + n

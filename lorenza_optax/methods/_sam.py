@@ -36,7 +36,8 @@ def sam(
         Negative descends instead.
       perturb_every: Perturb each k-th step only.
       axis_name: Mapped axis over which the loss is per device (``shard_map``, ``pmap``): both
-        gradients are averaged over it. None where the loss is that of the whole batch.
+        gradients are averaged over it. (The published runs perturb on each device by its own
+        gradient.) None where the loss is that of the whole batch.
 
     Returns:
       A transformation whose ``update`` takes ``value_fn`` and those of the other extra

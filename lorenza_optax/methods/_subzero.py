@@ -45,11 +45,12 @@ def subzero(
 
     U (m, r) and V (n, r) are bases of Gaussians, kept in the state; Z_j (r, r) has entries N(0, 1).
     With s a direction is as long as a Gaussian of the whole size, so that MeZO's learning rates and
-    μ fit; the published code has it. Other leaves take MeZO's step.
+    μ fit; the published code has it. Other leaves take MeZO's step; that code projects embeddings,
+    too: ``weight_dimension_numbers=select_leaves([".", "embedding"])``.
 
     Args:
       learning_rate: Step size γ.
-      rank: r; 24 in the published example.
+      rank: r; 24 in the published example, of prompt tuning.
       update_proj_gap: T; 1000 in the published example.
       mu: Smoothing radius, the paper's ε.
       num_probes: Directions a step, q.

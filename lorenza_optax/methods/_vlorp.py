@@ -24,7 +24,7 @@ def vlorp(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-6,
-    eps_in_root: bool = True,
+    eps_in_root: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     moment_transport: str = "keep",
@@ -44,14 +44,16 @@ def vlorp(
       \hat g_t = P^\top G_t, \quad m \leftarrow \beta_1 m + (1 - \beta_1) \hat g_t, \quad
       O = P \hat g_t, \quad \hat V = \rho \kappa^\top / 1^\top \rho, \\
       W_{t+1} = W_t - \gamma \Big( \alpha \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
-      \frac{P m}{\sqrt{\hat V + \varepsilon}} + \lambda W_t \Big) ,
+      \frac{P m}{\sqrt{\hat V} + \varepsilon} + \lambda W_t \Big) ,
 
     where P is of N(0, 1/r), drawn anew every T updates from the seed and never kept, and ρ and κ
     are running means, with β₂, of the sums of rows and columns of O ∘ O in the shape of the
     weight. It keeps r l c + m + n numbers a matrix. In the paper c = 256 with r = 1 is among
     the best at a budget r c of 256.
 
-    The paper's text corrects the bias by 1 - β₂ᵗ without the root; here it is as in its code.
+    Bias and ε are as in the published code: the paper's text corrects by 1 - β₂ᵗ without the root,
+    and has ε inside the root, where 1e-6 would hold every step back by 1e-3. In that code ``scale``
+    is a factor of ĝ, V̂ with it, and cancels: its 0.25 is 1.0 here.
 
     Args:
       learning_rate: Step size γ, a float or a schedule; 2e-5 in the paper's fine-tuning.
@@ -65,7 +67,7 @@ def vlorp(
       b1: β₁.
       b2: β₂.
       eps: ε, also that of Adam, which runs on the other leaves.
-      eps_in_root: False for √V̂ + ε, as in the published code.
+      eps_in_root: True for √(V̂ + ε), as in the paper's text.
       weight_decay: Decoupled weight decay λ.
       mask: Optax's weight-decay mask.
       moment_transport: What becomes of m when P changes: "keep" as published, "reset" or "rotate"

@@ -48,7 +48,10 @@ def zo_muon(
     :math:`\gamma_o d z` as in MeZO, for which the learning rates that fit W are far too large: the
     published code has a fixed rate of 1e-7 for leaves of one dimension. ``others_scale`` is
     :math:`\gamma_o / \gamma`. That code always compresses the rows of PyTorch's (outputs, inputs),
-    ``proj_type="right"`` of a Flax kernel.
+    ``proj_type="right"`` of a Flax kernel; and projects embeddings, too, as here does
+    ``weight_dimension_numbers=select_leaves([".", "embedding"])``. Without that an embedding is
+    perturbed by a full Gaussian, whose entries are √(k / r) times as large as those of P N, and its
+    part of every slope is noise to the matrices.
 
     Args:
       learning_rate: Step size γ; 1e-2 in the paper's run of OPT-13B.

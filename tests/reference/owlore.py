@@ -8,7 +8,8 @@ from .subspace import align, compressed_side, svd_factors
 
 def outlier_ratio(arrays, multiple):
     """Share of the entries of a layer's matrices that exceed `multiple` times their mean size."""
-    return np.mean(np.concatenate([(abs(x) > multiple * abs(x).mean()).ravel() for x in arrays]))
+    sizes = np.concatenate([abs(x).ravel() for x in arrays])
+    return np.mean(sizes > multiple * sizes.mean())
 
 
 def probabilities(layers, multiple):

@@ -31,8 +31,9 @@ def compressed_side(shape, proj_type):
 
     "left": the low-rank gradient is q^T g, (r, n). "right": it is g r_^T, (m, r).
     "std" compresses the shorter dimension and "reverse_std" the longer one; of a square matrix
-    both compress the rows. (Those are the inputs of y = x W. The published code multiplies squares
-    from the right, which compresses the inputs, too, as PyTorch's layers hold W transposed.)
+    both compress the rows. (Those are the inputs of y = x W. With "std" the published code
+    multiplies squares from the right, which compresses the inputs, too, as PyTorch's layers hold W
+    transposed; its "reverse_std" compresses the outputs, that of optax.contrib.galore the rows.)
     """
     if proj_type in ("left", "right"):
         return proj_type

@@ -19,7 +19,7 @@ def run(
     learning_rate,
     proj_type="std",
     transport="keep",
-    eps_in_root=True,
+    eps_in_root=False,
     b1=0.9,
     b2=0.999,
     eps=1e-6,
@@ -29,7 +29,8 @@ def run(
     fine(G) (k/c, l c): G^T reshaped row-major to (l c, k/c), transposed.  low = P^T fine(G),
     m <- b1 m + (1 - b1) low, kept at a resampling ("reset": 0, "rotate": P_new^T P_old m);
     O = coarse(P low), row <- b2 row + (1 - b2) sum_j O_ij^2, col alike, V = row col^T / sum(row);
-    W <- W - lr sqrt(1 - b2^t')/(1 - b1^t') coarse(P m) / sqrt(V + eps),  t' = t + 1.
+    W <- W - lr sqrt(1 - b2^t')/(1 - b1^t') coarse(P m) / (sqrt(V) + eps),
+    t' = t + 1; eps_in_root: / sqrt(V + eps).
     """
     params = {name: np.array(value, np.float64) for name, value in params.items()}
     right = {k: compressed_side(params[k].shape, proj_type) == "right" for k in projected}
