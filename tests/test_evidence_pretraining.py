@@ -22,6 +22,7 @@ from benchmarks import (  # noqa: E402
 from benchmarks.ablations import plan as ablations_plan  # noqa: E402
 from benchmarks.ablations import variants as ablations_variants  # noqa: E402
 from benchmarks.pretraining import methods, plan, training  # noqa: E402
+from benchmarks.pretraining.report import _differences  # noqa: E402
 
 llama, optimizers = training.llama, training.optimizers
 NANO = training.Model(llama.PRESETS["nano"].model, 6, 4, 2, 1.0)
@@ -169,6 +170,19 @@ def test_squares_can_be_compressed_on_the_other_side():
 def test_every_method_has_the_same_budget():
     for name, method in methods.METHODS.items():
         assert len(set(method.trials(True))) == len(set(method.trials(False))) == 6, name
+
+
+def test_intervals_of_losses_are_of_the_spread_of_all_methods():
+    losses = {"adamw": (2.0, 2.0, 2.0), "galore": (2.0, 2.02, 2.04), "lorenza": (1.9, 1.9, 2.0)}
+    finals = {
+        ("a", "stdlib", method): {s: {"validation_loss": x} for s, x in enumerate(of)}
+        for method, of in losses.items()
+    }
+    above = {m: 100 * (np.array(of) / 2 - 1) for m, of in losses.items() if m != "adamw"}
+    deviation = np.sqrt(np.mean([np.var(of, ddof=1) for of in above.values()]))
+    half = stats.t.ppf(0.975, 4) * deviation / np.sqrt(3)
+    shown = f"+1.0 % ({1 - half:+.1f} to {1 + half:+.1f})"
+    assert f"| GaLore | {shown} | - |" in _differences("a", finals)
 
 
 def test_intervals_of_few_differences():
