@@ -60,7 +60,7 @@ def _body(name, stored):
         return [*lines, "", _of_the_tuning(stored["pretrain_tuning"])]
     if name == "family":
         table = table_of_family.markdown(found).replace("](", "](../").splitlines()
-        return [*table, "", OLD_SIDE]
+        return [*table, "", f"{OLD_SIDE} The ε of VLoRP and ProjFactor stood inside the root."]
     if name == "pretrain_tuning":
         return _trials(found)
     if name == "int8_moments":
