@@ -83,7 +83,7 @@ def masked(layers: Layers, leaves: Mapping[str, jax.Array], active: jax.Array) -
 
 
 def outlier_ratios(layers: Layers, leaves: Mapping[str, jax.Array], multiple: float) -> jax.Array:
-    """The share of each layer's weights that exceed ``multiple`` times their mean |w|.
+    """The share of each layer's weights that exceed ``multiple`` times the layer's mean |w|.
 
     Of matrices that are projected, or where none is of all leaves; float32 (L,).
     """
@@ -91,7 +91,7 @@ def outlier_ratios(layers: Layers, leaves: Mapping[str, jax.Array], multiple: fl
     size = sum(math.prod(role.shape) for role in roles)
 
     def summed(function: Callable[[jax.Array, jax.Array], jax.Array], of: jax.Array) -> jax.Array:
-        """The sum (L,) of ``function(|w|, a layer's number)`` over each layer's weights."""
+        """The sum (L,) over each layer's weights of ``function(|w|, the layer's entry of of)``."""
         total = jnp.zeros(layers.number, jnp.float32)
         for role in roles:
             if role.axis is None:

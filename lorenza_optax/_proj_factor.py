@@ -26,7 +26,7 @@ def proj_factor(b1: Any, b2: Any, eps: Any, eps_in_root: bool) -> Residual:
       \frac{P m}{\sqrt{\rho \kappa^\top / 1^\top \rho} + \varepsilon} .
 
     O is in the shape of the weight's matrix, whatever the granularity: ρ has k and κ has l
-    numbers. ``eps_in_root`` takes ε into the root.
+    numbers. ``eps_in_root`` takes √(V̂ + ε).
     """
 
     def update(now: Situation) -> tuple[Arrays, Memory]:

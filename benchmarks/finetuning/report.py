@@ -2,11 +2,9 @@
 
 import statistics
 
-from matplotlib import pyplot
-
 import glue
 from benchmarks import experiments, tables
-from benchmarks.finetuning import paired
+from benchmarks.finetuning import paired, plots
 from benchmarks.finetuning.methods import HELD_OUT, METHODS
 from benchmarks.finetuning.plan import borrowed_tunings
 
@@ -29,18 +27,21 @@ def report(size, cells, records, folder):
         if not runs:
             continue
         methods, tasks = (tuple(dict.fromkeys(key[i] for key in runs)) for i in (0, 1))
-        body += ["", *_scores(runs, methods, tasks)]
+        averages = _averages(here, tasks)
+        body += ["", *_scores(runs, methods, tasks, averages)]
         differences = {
             (method, baseline): found
             for baseline in BASELINES
             for method in methods
-            if method != baseline and (found := _differences(runs, method, baseline, tasks))
+            if method != baseline
+            and (found := _differences(runs, method, baseline, tasks, averages))
         }
         for baseline in BASELINES:
-            body += ["", *_differences_table(differences, baseline, methods, tasks)]
+            body += ["", *_differences_table(differences, baseline, methods, tasks, averages)]
         if differences:
             path = folder / f"differences-{size}-{examples or 'all'}.png"
-            _plot(differences, path)
+            points = {key: found for key, of in differences.items() if (found := _average(of))}
+            plots.differences(points, BASELINES, path)
             text = f"Differences of the average over tasks, {title.lower()}"
             body += ["", f"![{text}](results/{folder.name}/{path.name})"]
         body += [
@@ -49,7 +50,7 @@ def report(size, cells, records, folder):
             "",
             *_costs(runs, methods, tasks),
         ]
-        findings += _findings(differences, title, size)
+        findings += _findings(differences, title, size, next(iter(averages.values()), ()))
     return experiments.Section(findings, [*_explanation(cells), *body])
 
 
@@ -125,27 +126,36 @@ def _points(result, name):
     return 0.0 if value is None else 100 * value  # a run that diverged has learned nothing
 
 
-def _scores(runs, methods, tasks):
+def _averages(cells, tasks):
+    """{column: the tasks that it averages}, first those that were tuned themselves."""
+    others = {task for task, _ in borrowed_tunings(cells)}
+    own = tuple(task for task in tasks if task not in others)
+    found = {"average" if own == tasks else f"average of {' and '.join(own)}": own, "all": tasks}
+    return {name: of for name, of in found.items() if len(of) > 1 and (name != "all" or own != of)}
+
+
+def _scores(runs, methods, tasks, averages):
     rows = []
     for method in methods:
-        row, means = [_name(method)], []
+        row, means = [_name(method)], {}
         for task in tasks:
             results = runs.get((method, task))
             if results is None:
                 row.append("-")
                 continue
             columns = [[_points(r, name) for r in results] for name in glue.TASKS[task].metrics]
-            means.append(statistics.fmean(columns[0]))
+            means[task] = statistics.fmean(columns[0])
             row.append(" / ".join(_mean_and_deviation(values) for values in columns))
-        if len(tasks) > 1:
-            row.append(f"{statistics.fmean(means):.1f}" if len(means) == len(tasks) else "-")
+        for of in averages.values():
+            mean = statistics.fmean(means.get(task, 0) for task in of)
+            row.append(f"{mean:.1f}" if means.keys() >= set(of) else "-")
         rows.append(row)
     titles = [f"{t} ({' / '.join(glue.TASKS[t].metrics)})" for t in tasks]
-    titles += ["average"] * (len(tasks) > 1)
+    titles += averages
     seeds = len(next(iter(runs.values())))
     return [
-        f"Mean over {seeds} seeds and, after ±, their standard deviation. The average is of the "
-        "first metric of each task; it is missing where a task is.",
+        f"Mean over {seeds} seeds and, after ±, their standard deviation. Averages are of the "
+        "first metric of each task, and missing where a task is.",
         "",
         *tables.markdown(["method", *titles], rows),
     ]
@@ -156,39 +166,39 @@ def _mean_and_deviation(values):
     return f"{statistics.fmean(values):.1f}{spread}"
 
 
-def _differences(runs, method, baseline, tasks):
-    """{task or "average": Difference in points}; the average is over the tasks that both have."""
+def _differences(runs, method, baseline, tasks, averages):
+    """{task or average: Difference in points}, of tasks that both have."""
     parts = {
         task: paired.of_results(task, runs[method, task], runs[baseline, task], index)
         for index, task in enumerate(tasks)
         if (method, task) in runs and (baseline, task) in runs
     }
     found = {task: paired.interval([part]) for task, part in parts.items()}
-    if len(parts) > 1:
-        found["average"] = paired.interval(parts.values())
+    for name, of in averages.items():
+        if parts.keys() >= set(of):
+            found[name] = paired.interval([parts[task] for task in of])
     return found
 
 
-def _differences_table(differences, baseline, methods, tasks):
-    rows = []
-    for method in methods:
-        if found := differences.get((method, baseline)):
-            average = _interval(found.get("average"))
-            if "average" in found and (count := _averaged(found)) < len(tasks):
-                average += f", of {count}"
-            rows.append([_name(method), *(_interval(found.get(task)) for task in tasks), average])
+def _differences_table(differences, baseline, methods, tasks, averages):
+    columns = [*tasks, *averages]
+    rows = [
+        [_name(method), *(_interval(found.get(name)) for name in columns)]
+        for method in methods
+        if (found := differences.get((method, baseline)))
+    ]
     if not rows:
         return [f"Nothing to compare with {_name(baseline)} yet."]
     return [
-        f"Points above {_name(baseline)}, with intervals of 95 %; the average is of the tasks that "
-        "both have been run on:",
+        f"Points above {_name(baseline)}, with intervals of 95 %:",
         "",
-        *tables.markdown(["method", *tasks, "average"], rows),
+        *tables.markdown(["method", *columns], rows),
     ]
 
 
-def _averaged(differences):
-    return len(differences) - 1  # all but the average itself
+def _average(found):
+    """That of the tasks which were tuned themselves, or None."""
+    return next((of for name, of in found.items() if name.startswith("average")), None)
 
 
 def _interval(difference):
@@ -246,51 +256,24 @@ def _costs(runs, methods, tasks):
     ]
 
 
-def _findings(differences, title, size):
+def _findings(differences, title, size, averaged):
     """One sentence: the published claim is of LORENZA against low-rank baselines."""
-    parts, counts = [], set()
+    parts = []
     for method in SUBJECTS:
-        against = []
-        for baseline in BASELINES:
-            found = differences.get((method, baseline), {})
-            if "average" in found:
-                against.append(f"{_name(baseline)} {_interval(found['average'])}")
-                counts.add(_averaged(found))
+        against = [
+            f"{_name(baseline)} {_interval(average)}"
+            for baseline in BASELINES
+            if (average := _average(differences.get((method, baseline), {})))
+        ]
         if against:
             parts.append(f"{_name(method)} against {', against '.join(against)}")
     if not parts:
         return []
-    tasks = " or ".join(map(str, sorted(counts)))
     return [
         f"**Accuracy.** Fine-tuning, {title.lower()} ({size} size), difference in points, average "
-        f"over {tasks} tasks: {'; '.join(parts)}. Reported of the paper, over low-rank baselines: "
-        "+2.8 %."
+        f"of {' and '.join(glue.TASKS[task].folder for task in averaged)}: {'; '.join(parts)}. "
+        "Reported of the paper, over low-rank baselines: +2.8 %."
     ]
-
-
-def _plot(differences, path):
-    """The average over tasks where there is one, else nothing of the method."""
-    shown = [
-        b for b in BASELINES if any("average" in differences.get((m, b), {}) for m in tables.NAMES)
-    ]
-    figure, axes = pyplot.subplots(
-        ncols=max(1, len(shown)), figsize=(2 + 4 * max(1, len(shown)), 4), layout="constrained",
-        squeeze=False, sharey=True,
-    )  # fmt: skip
-    order = [
-        m for m in tables.NAMES if any("average" in differences.get((m, b), {}) for b in shown)
-    ]
-    for panel, baseline in zip(axes[0], shown, strict=False):
-        panel.axvline(0, color="gray", linewidth=1)
-        for row, method in enumerate(reversed(order)):
-            if point := differences.get((method, baseline), {}).get("average"):
-                panel.plot([point.low, point.high], [row, row], color="C0")
-                panel.plot(point.estimate, row, "o", color="C0")
-        panel.set_xlabel(f"points above {_name(baseline)}")
-        panel.set_yticks(range(len(order)), [_name(method) for method in reversed(order)])
-        panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _name(method):

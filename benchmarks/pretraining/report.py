@@ -175,10 +175,10 @@ def _differences(model, finals):
     ]
     return [
         "Validation loss above that of the baseline, in percent, the mean over texts, paired seed "
-        "by seed, with t intervals of 95 % over seeds, of the standard deviation that all methods "
-        "have in common, as three seeds say little of their own. They do not hold what tuning and "
-        "the choice of held-out text add, and all rows of a column share the baseline's runs, so "
-        "they are a lower bound of the uncertainty:",
+        "by seed, with t intervals of 95 % over seeds: of a row's own standard deviation, or of "
+        "what all rows have in common where that is wider, as three seeds may agree by luck. They "
+        "do not hold what tuning and the choice of held-out text add, so they are a lower bound of "
+        "the uncertainty:",
         "",
         *tables.markdown(["method", *(f"above {tables.NAMES[b]}" for b in BASELINES)], rows),
     ]
@@ -189,7 +189,10 @@ def _percent(model, finals, method, baseline):
     methods = dict.fromkeys(key[2] for key in finals if key[0] == model)
     groups = (paired.over_texts(model, finals, m, baseline) for m in methods if m != baseline)
     pairs = paired.over_texts(model, finals, method, baseline)
-    return tables.t_interval(pairs, "%", spread=tables.pooled(groups)) if pairs else ""
+    if not pairs:
+        return ""
+    both = [tables.t_difference(pairs, spread) for spread in (None, tables.pooled(groups))]
+    return max(both, key=lambda one: 0 if one.low is None else one.high - one.low).shown(1, "%")
 
 
 def _findings(size, finals):

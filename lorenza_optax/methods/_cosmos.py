@@ -50,10 +50,10 @@ def cosmos(
 
     The published code comes in versions which differ from the paper and from each other: M
     without the factor 1 - β₁ and with Nesterov's mix; ε outside the root (inside, 1e-8 is a floor
-    of 1e-4 under √V: 1e-16 is nearer to them); and steps of norm √(k l) times a ratio of about 0.1,
-    the same for every shape in the root mean square, where the paper's √k is γ / √l of it and
-    smaller the longer the matrix. They leave matrices of more than 10000 rows, such as an untied
-    head, to Adam: so does ``weight_dimension_numbers=select_leaves(exclude="head")``.
+    of 1e-4 under √V: 1e-16 is nearer to them); and steps of norm √(k l) times about 0.1, by
+    which an entry moves alike in every shape, where by the paper's √k it moves by η / √l. They
+    leave matrices of more than 10000 rows, such as an untied head, to Adam: so does
+    ``weight_dimension_numbers=select_leaves(exclude="^head/")``.
 
     Args:
       learning_rate: Step size η, a float or a schedule.

@@ -47,8 +47,8 @@ def galore(
     against the one that it follows; in the published code their signs are as they come.
 
     That code projects attention and MLP only: the same is
-    ``weight_dimension_numbers=select_leaves(exclude="head")``, for here an untied head is a matrix
-    like others.
+    ``weight_dimension_numbers=select_leaves(exclude="^head/")``, for here an untied head is a
+    matrix like others.
 
     Args:
       learning_rate: Step size γ, a float or a schedule; 1e-2 in the paper's runs on C4.

@@ -51,11 +51,11 @@ def owlore(
       W_\ell \leftarrow W_\ell - \gamma \alpha P \, \mathrm{Adam}(P^\top G_\ell)
       \text{ for the } k \text{ layers drawn from } p
 
-    without replacement, every κ updates; leaves outside the layers are trained always. State is
-    kept for k layers only and begins anew when layers are drawn, with a subspace of their next
-    gradient. p is of the weights as they are then (uniform where no layer has an outlier). The
+    every κ updates, without replacement, where W_ℓ are a layer's projected matrices as they are
+    then (p is uniform where none has an outlier); leaves outside the layers are trained always.
+    State is kept for k layers only and begins anew with a subspace of their next gradient. The
     published code keeps the state of all layers ever drawn, and reads p from a file for one model,
-    whose numbers are too large for this formula (``layer_scores`` takes such).
+    with shares above 1 / M, which this formula cannot give, or in percent (see ``layer_scores``).
 
     Layers may be stacked (scanned) or lie in subtrees of their own. What is saved is state: the
     gradient is still taken of all layers, by ``jax.grad`` if it comes from outside.
@@ -67,7 +67,7 @@ def owlore(
       num_layers: k; the published 5.
       sampling_interval: κ, in updates; the published 50.
       outlier_multiple: M; 13 in the name of the published file. No normal number is so large.
-      layer_scores: Numbers (L,) in place of shares of outliers, in any unit.
+      layer_scores: p (L,) up to a factor, by the layers' numbers, in place of shares of outliers.
       layers: None to find the layers: stacks along a batch axis of
         ``weight_dimension_numbers``, with all that lies beside them, or else subtrees that
         differ in one number of their path. Or a regular expression on paths, such as

@@ -52,7 +52,7 @@ def vlorp(
     the best at a budget r c of 256.
 
     Bias and ε are as in the published code: the paper's text corrects by 1 - β₂ᵗ without the root,
-    and has ε inside the root, where 1e-6 would hold every step back by 1e-3. In that code ``scale``
+    and has ε inside the root, where 1e-6 is a floor of 1e-3 under √V̂. In that code ``scale``
     is a factor of ĝ, V̂ with it, and cancels: its 0.25 is 1.0 here.
 
     Args:
