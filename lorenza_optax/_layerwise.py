@@ -97,6 +97,7 @@ def layerwise(
     check_int("sampling_interval", sampling_interval, 1)
     check_int("num_layers", num_layers, 1)
     check_pattern("layers", layers)
+    _check_scores(layer_scores)
     check_not_injected("mask", mask)
     check_transformation("gradient_transform", gradient_transform)
     stage = optax.with_extra_args_support(gradient_transform or optax.identity())
@@ -217,6 +218,15 @@ def layerwise(
         return new_updates, LayerwiseState(count, active, decay_state, stage_state, inside, outside)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_scores(scores: Any) -> None:
+    """Raises for scores that are no odds; injected ones may be traced, so that none is known."""
+    if scores is None or isinstance(scores, jax.Array):
+        return
+    numbers = np.asarray(scores, np.float64)
+    if not np.all(np.isfinite(numbers)) or np.any(numbers < 0):
+        raise ValueError(f"layer_scores must be finite and at least 0, got {scores}.")
 
 
 def _with_active(

@@ -335,6 +335,7 @@ def test_says_what_it_found_where_layers_are_not_clear(shapes, pattern, numbers,
         ({"sampling_interval": 0}, "sampling_interval must be at least 1"),
         ({"outlier_multiple": -1.0}, "outlier_multiple must be at least 0"),
         ({"num_layers": 6}, "num_layers=6 exceeds the 5 layers"),
+        ({"layer_scores": [1.0, -2.0]}, "layer_scores must be finite and at least 0"),
         ({"layer_scores": [1.0, 2.0]}, r"each of the 5 layers that are found, got shape \(2,\)"),
     ],
 )
