@@ -22,9 +22,9 @@ SCRIPTS = {
 MAIN_JOB = (
     "One seed; the two ran one after the other, so their times compare loosely. AdamW is at the "
     "best of {rates} rates, chosen by this same loss; LORENZA at the choice of an earlier tuning: "
-    "the best of {ours} settings (next table, where this one is at 0.02 and 0.5, run at another "
-    "time) now comes to {best}. LORENZA has a second step size in its `scale`, here 0.5; AdamW "
-    "with the same freedom comes to {freed}, of {theirs} settings. Of three seeds and two texts, "
+    "the best of {ours} settings (next table, which has this one, too, run at another time) now "
+    "comes to {best}. LORENZA has a second step size in its `scale`; AdamW with the same freedom "
+    "comes to {freed}, of {theirs} settings. Of three seeds and two texts, "
     "tuned alike and apart from what is reported, the same model is in pretraining above."
 )
 OLD_SIDE = (
@@ -57,7 +57,8 @@ def _body(name, stored):
     found = stored[name]
     if name == "main_job":
         lines = main_job.markdown(found).splitlines()
-        return [*lines, "", _of_the_tuning(stored["pretrain_tuning"])]
+        rows = stored.get("pretrain_tuning")
+        return [*lines, "", _of_the_tuning(rows)] if rows else lines
     if name == "family":
         table = table_of_family.markdown(found).replace("](", "](../").splitlines()
         return [*table, "", f"{OLD_SIDE} The ε of VLoRP and ProjFactor stood inside the root."]

@@ -90,16 +90,16 @@ def outlier_ratios(layers: Layers, leaves: Mapping[str, jax.Array], multiple: fl
     roles = [role for role in layers.roles if role.leaf.view is not None] or layers.roles
     size = sum(math.prod(role.shape) for role in roles)
 
-    def summed(function: Callable[[jax.Array, jax.Array], jax.Array], of: jax.Array) -> jax.Array:
-        """The sum (L,) over each layer's weights of ``function(|w|, the layer's entry of of)``."""
+    def summed(function: Callable[..., jax.Array], numbers: jax.Array) -> jax.Array:
+        """The sum (L,) of ``function(|w|, the layer's number)``, of ``numbers`` (L,)."""
         total = jnp.zeros(layers.number, jnp.float32)
         for role in roles:
             if role.axis is None:
-                own = [function(_sizes(leaves[p]), of[i]) for i, p in enumerate(role.paths)]
+                own = [function(_sizes(leaves[p]), numbers[i]) for i, p in enumerate(role.paths)]
                 total += jnp.stack([jnp.sum(each) for each in own])
             else:
                 stack = jnp.moveaxis(_sizes(leaves[role.paths[0]]), role.axis, 0)
-                own = function(stack, of.reshape(-1, *[1] * (stack.ndim - 1)))
+                own = function(stack, numbers.reshape(-1, *[1] * (stack.ndim - 1)))
                 total += jnp.sum(own, axis=range(1, stack.ndim))
         return total
 
