@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from benchmarks import programs
-from lorenza_optax._directions import in_subspace
-from lorenza_optax._gradient import PROBE, step_key
-from lorenza_optax._landscape import Subspaces
+from lorenza_optax._ascent.directions import in_subspace
+from lorenza_optax._ascent.gradient import PROBE, step_key
+from lorenza_optax._factored.landscape import Subspaces
 
 
 class Training:

@@ -21,7 +21,7 @@ import optax
 import corpus
 import lorenza_optax
 import optimizers
-from lorenza_optax import _renewal
+from lorenza_optax._low_rank import renewal
 
 VOCABULARY = 256  # bytes
 LEARNING_RATE = 1e-3
@@ -192,10 +192,10 @@ def without_refresh():
     """
 
     def old(config, plan, low, sketches, energy, state, active):
-        return _renewal.unchanged(plan, state), state.captured_energy
+        return renewal.unchanged(plan, state), state.captured_energy
 
     changed = {"is_due": lambda *args: jnp.zeros((), bool), "sketched_subspaces": old}
-    with mock.patch.multiple("lorenza_optax._in_update", **changed):
+    with mock.patch.multiple("lorenza_optax._low_rank.in_update", **changed):
         yield
 
 

@@ -33,9 +33,10 @@ from benchmarks import experiments, options, programs
 from benchmarks.bars import Bar, bars_table, stored
 from benchmarks.programs import Shape
 from lorenza_optax import methods
-from lorenza_optax._gradient import PROBE, step_key
-from lorenza_optax._noise import Noise, plus_noise
-from lorenza_optax._zeroth_order import _direction, _partners
+from lorenza_optax._ascent.gradient import PROBE, step_key
+from lorenza_optax._base.noise import Noise, plus_noise
+from lorenza_optax._low_rank.random_subspace import opened
+from lorenza_optax._low_rank.zeroth_order import _direction, _partners
 
 VOCABULARY = 8192  # more than the bytes of the text: embedding and head are a part of most models
 SIZES = {
@@ -161,10 +162,8 @@ def errors_of_updates(batch):
         copied = jax.tree.map(jnp.copy, (params, state))
         after, state = program(*copied, batch)
         config = _config_of(name)
-        plan, low_state = (
-            config.plan(params),
-            lorenza_optax._random_subspace.opened(config, config.plan(params), tx.init(params)[0]),
-        )
+        plan = config.plan(params)
+        low_state = opened(config, plan, tx.init(params)[0])
         key = jax.random.split(step_key(low_state.ascent.seed, 0, PROBE), 1)[0]
         move = _direction(config, plan, _partners(plan, low_state), key)
         direction = {}

@@ -1,27 +1,40 @@
-"""LORENZA and its family: low-rank, sharpness-aware training as Optax transformations."""
+"""LORENZA and its family: low-rank, sharpness-aware training as Optax transformations.
+
+The source, from the bottom up; a folder imports only from those before it:
+
+- ``_base``, ``_linalg``: checks, paths, meshes and noise; decompositions of one matrix.
+- The axes of a low-rank method, of which each is a choice: ``_plan`` (which leaves, viewed how),
+  ``_subspace``, ``_inner`` (the optimizer inside), ``_residual`` (what is outside) and ``_ascent``,
+  which evaluates the loss by ``_factored``, at W + P N without forming it.
+- ``_low_rank``: the one transformation that is made of them; ``_weight_norm`` and ``_layerwise``
+  are two round it.
+- ``_lorenza.py``, ``_lorenza_plus.py`` and ``methods``: the named methods.
+- ``_perturbation``, ``_training``: ascents round any optimizer; what a training loop needs besides.
+- ``memory.py`` and ``flax.py``: the memory report; helpers for linen and NNX.
+"""
 
 from lorenza_optax import methods
-from lorenza_optax._arguments import STRUCTURAL_ARGS, structural_args
-from lorenza_optax._check_state import check_state
-from lorenza_optax._diagnostics import diagnostics
-from lorenza_optax._gradient import SubspaceGradients
-from lorenza_optax._linalg import randomized_svd
+from lorenza_optax._ascent.gradient import SubspaceGradients
+from lorenza_optax._linalg.decompositions import randomized_svd
 from lorenza_optax._lorenza import lorenza, scale_by_lorenza
 from lorenza_optax._lorenza_plus import lorenza_plus
-from lorenza_optax._matrix_view import WeightDimensionNumbers
-from lorenza_optax._momentum_sam import (
+from lorenza_optax._low_rank.arguments import STRUCTURAL_ARGS, structural_args
+from lorenza_optax._low_rank.state import LowRankState
+from lorenza_optax._low_rank.update import LowRankUpdate, apply_updates
+from lorenza_optax._perturbation.momentum_sam import (
     MomentumSamState,
     momentum_sam,
     momentum_sam_eval_params,
 )
-from lorenza_optax._perturbed import perturbed_value_and_grad
-from lorenza_optax._plan import ProjectionPlan, projection_plan
-from lorenza_optax._selection import select_leaves
-from lorenza_optax._shardings import state_shardings
-from lorenza_optax._state import LowRankState
-from lorenza_optax._subspace_gradients import subspace_value_and_grad
-from lorenza_optax._update import LowRankUpdate, apply_updates
-from lorenza_optax._zo_sam import ZoSamState, adazo_sam, zo_sam_perturbation
+from lorenza_optax._perturbation.perturbed import perturbed_value_and_grad
+from lorenza_optax._perturbation.zo_sam import ZoSamState, adazo_sam, zo_sam_perturbation
+from lorenza_optax._plan.matrix_view import WeightDimensionNumbers
+from lorenza_optax._plan.plan import ProjectionPlan, projection_plan
+from lorenza_optax._plan.selection import select_leaves
+from lorenza_optax._training.check_state import check_state
+from lorenza_optax._training.diagnostics import diagnostics
+from lorenza_optax._training.shardings import state_shardings
+from lorenza_optax._training.subspace_gradients import subspace_value_and_grad
 
 __all__ = [
     "STRUCTURAL_ARGS",

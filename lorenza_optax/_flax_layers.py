@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from flax import linen, nnx
 
-from lorenza_optax._matrix_view import WeightDimensionNumbers
-from lorenza_optax._paths import leaves_by_path
-from lorenza_optax._selection import default_choice
+from lorenza_optax._base.paths import leaves_by_path
+from lorenza_optax._plan.matrix_view import WeightDimensionNumbers
+from lorenza_optax._plan.selection import default_choice
 
 __all__ = ["weight_dimension_numbers"]
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import optax
 
-from lorenza_optax._arguments import scale_by, with_decay
-from lorenza_optax._checks import check_choice, check_not_injected
-from lorenza_optax._residual import FIRA, SUMO
-from lorenza_optax._selection import Rank
+from lorenza_optax._base.checks import check_choice, check_not_injected
+from lorenza_optax._low_rank.arguments import scale_by, with_decay
+from lorenza_optax._plan.selection import Rank
+from lorenza_optax._residual.residual import FIRA, SUMO
 
 __all__ = ["lorenza_plus"]
 

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.training import train_state
 
-from lorenza_optax._checks import check_choice
-from lorenza_optax._find import find_states, refuse_wrapped, stages_in_front
+from lorenza_optax._base.checks import check_choice
 from lorenza_optax._flax_layers import weight_dimension_numbers
-from lorenza_optax._perturbed import perturbed_value_and_grad
-from lorenza_optax._state import LowRankState
-from lorenza_optax._subspace_gradients import subspace_value_and_grad
-from lorenza_optax._update import apply_updates
+from lorenza_optax._low_rank.state import LowRankState
+from lorenza_optax._low_rank.update import apply_updates
+from lorenza_optax._perturbation.find import find_states, refuse_wrapped, stages_in_front
+from lorenza_optax._perturbation.perturbed import perturbed_value_and_grad
+from lorenza_optax._training.subspace_gradients import subspace_value_and_grad
 
 __all__ = ["TrainState", "nnx_train_step", "weight_dimension_numbers"]
 

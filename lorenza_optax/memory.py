@@ -14,16 +14,16 @@ from typing import Any
 
 import jax
 
-from lorenza_optax._checks import check_choice, check_int
-from lorenza_optax._memory_of import METHODS, MethodMemory, shapes_of
-from lorenza_optax._memory_report import LargestModel, MemoryReport, StepMemory, parse_bytes
-from lorenza_optax._model_shapes import (
+from lorenza_optax._base.checks import check_choice, check_int
+from lorenza_optax._memory.memory_of import METHODS, MethodMemory, shapes_of
+from lorenza_optax._memory.model_shapes import (
     MODEL_DTYPES,
     PRESETS,
     ModelSizes,
     abstract_params,
     find_model,
 )
+from lorenza_optax._memory.report import LargestModel, MemoryReport, StepMemory, parse_bytes
 
 __all__ = ["LargestModel", "MemoryReport", "StepMemory", "memory_report", "step_memory"]
 

@@ -11,7 +11,7 @@ import pytest
 
 import lorenza_optax
 from lorenza_optax import methods
-from lorenza_optax._compose import by_forward_passes
+from lorenza_optax._low_rank.compose import by_forward_passes
 
 WIDTH, DEPTH, RANK, MICRO, ROWS = 64, 3, 8, 4, 16
 SHARED = {"rank": RANK, "update_proj_gap": 100}

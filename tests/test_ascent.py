@@ -14,8 +14,8 @@ import pytest
 
 import lorenza_optax
 from lorenza_optax import perturbed_value_and_grad
-from lorenza_optax._ascent import normalized
-from lorenza_optax._landscape import Displacement, Subspaces
+from lorenza_optax._ascent.ascent import normalized
+from lorenza_optax._factored.landscape import Displacement, Subspaces
 from tests import problems
 
 SHAPES = {"a": (12, 20), "b": (24, 10), "bias": (20,)}

@@ -10,9 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 import lorenza_optax
 from lorenza_optax import WeightDimensionNumbers
-from lorenza_optax._landscape import Displacement, Subspaces, landscape
-from lorenza_optax._matrix_view import matrix_view
-from lorenza_optax._paths import leaves_by_path
+from lorenza_optax._base.paths import leaves_by_path
+from lorenza_optax._factored.landscape import Displacement, Subspaces, landscape
+from lorenza_optax._plan.matrix_view import matrix_view
 
 D, LAYERS, RANK = 12, 3, 2
 STACK = WeightDimensionNumbers(1, 2)

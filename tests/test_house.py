@@ -13,79 +13,31 @@ import lorenza_optax
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lorenza_optax"
 
-# Lower modules first: each may import those before it only.
-LAYERS = [
-    "_checks",
-    "_mesh",
-    "_noise",
-    "_stacks",
-    "_linalg",
-    "_newton_schulz",
-    "_matrix_view",
-    "_paths",
-    "_tables",
-    "_calls",
-    "_selection",
-    "_plan",
-    "_factored",
-    "_factored_shapes",
-    "_factored_rules",
-    "_interpreter",
-    "_traced",
-    "_landscape",
-    "_subspace",
-    "_refresh",
-    "_quantized",
-    "_inner",
-    "_inner_rules",
-    "_transport",
-    "_residual",
-    "_full_rank",
-    "_eigenbasis",
-    "_proj_factor",
-    "_directions",
-    "_probes",
-    "_ascent",
-    "_config",
-    "_gradient",
-    "_sketch",
-    "_state",
-    "_fit",
-    "_renewal",
-    "_random_subspace",
-    "_some",
-    "_step",
-    "_surroundings",
-    "_in_update",
-    "_update",
-    "_zeroth_order",
-    "_low_rank",
-    "_arguments",
-    "_compose",
-    "_weight_norm",
-    "_weight_normalized",
-    "_layers",
-    "_layer_stacks",
-    "_layerwise",
-    "_lorenza",
-    "_lorenza_plus",
-    "_zo_sam",
-    "_find",
-    "_perturbed",
-    "_diagnostics",
-    "_shardings",
-    "_check_state",
-    "_momentum_sam",
-    "_refresh_apart",
-    "_subspace_gradients",
-    "_model_shapes",
-    "_memory_of",
-    "_memory_report",
-    "memory",
-    "__init__",
-    "_flax_layers",
-    "flax",
-]
+# Lower folders first, and in each its lower modules: each may import those before it only.
+LAYERS = {
+    "_base": ["checks", "mesh", "noise", "paths", "tables", "calls"],
+    "_linalg": ["stacks", "decompositions", "newton_schulz"],
+    "_plan": ["matrix_view", "selection", "plan"],
+    "_factored": ["weight", "shapes", "rules", "interpreter", "traced", "landscape"],
+    "_subspace": ["subspace", "refresh", "sketch"],
+    "_inner": ["quantized", "inner", "rules", "transport"],
+    "_residual": ["residual", "full_rank", "eigenbasis", "proj_factor"],
+    "_ascent": ["directions", "probes", "ascent", "gradient", "surroundings"],
+    "_low_rank": [
+        *("config", "state", "fit", "renewal", "random_subspace", "some", "step"),
+        *("in_update", "update", "zeroth_order", "low_rank", "arguments", "compose"),
+    ],
+    "_weight_norm": ["weight_norm", "weight_normalized"],
+    "_layerwise": ["layers", "layer_stacks", "layerwise"],
+    "": ["_lorenza", "_lorenza_plus"],
+    "_perturbation": ["zo_sam", "find", "perturbed", "momentum_sam"],
+    "_training": [
+        "refresh_apart", "subspace_gradients", "diagnostics", "shardings", "check_state",
+    ],
+    "_memory": ["model_shapes", "memory_of", "report"],
+    " ": ["memory", "__init__", "_flax_layers", "flax"],
+}  # fmt: skip
+MODULES = [f"{folder}.{name}".strip(" .") for folder, names in LAYERS.items() for name in names]
 
 
 # Files of methods/ that build on others of methods/.
@@ -100,25 +52,38 @@ def _imports(path):
             yield node.module or ""
 
 
+def _name(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def _own_imports(path):
+    """The modules of this package that a file imports, by their names below it."""
+    names = [m.split(".", 1)[1:] for m in _imports(path) if m.split(".")[0] == "lorenza_optax"]
+    return {name[0] if name else "" for name in names}
+
+
 def test_imports_point_down():
-    modules = {path.stem: path for path in PACKAGE.glob("*.py")}
-    assert set(modules) == set(LAYERS)
-    for name, path in modules.items():
-        below = LAYERS[: LAYERS.index(name)]
-        own = {m.split(".")[1] for m in _imports(path) if m.startswith("lorenza_optax.")}
-        assert own <= set(below), f"{name} imports {own - set(below)}"
+    files = {_name(path): path for path in PACKAGE.rglob("*.py") if path.parent.name != "methods"}
+    folders = {f"{folder}.__init__" for folder in LAYERS if folder.strip()}
+    assert set(files) - folders == set(MODULES)
+    for name, path in files.items():
+        own = _own_imports(path)
+        if name in folders:
+            assert not own, f"{name} imports {own}"
+        elif name != "__init__":
+            above = own - set(MODULES[: MODULES.index(name)])
+            assert not above, f"{name} imports {above}"
 
 
 def test_methods_build_on_the_layers_and_stay_short():
+    below = set(MODULES[: MODULES.index("_perturbation.zo_sam") + 1])
     for path in (PACKAGE / "methods").glob("*.py"):
-        parts = [m.split(".")[1:] for m in _imports(path) if m.split(".")[0] == "lorenza_optax"]
-        assert all(parts), f"{path} imports lorenza_optax itself"
+        own = _own_imports(path)
         if path.stem == "__init__":
-            assert all(names[0] == "methods" for names in parts)
+            assert all(name.startswith("methods.") for name in own)
             continue
-        allowed = {(layer,) for layer in LAYERS[: LAYERS.index("_zo_sam") + 1]}
-        allowed |= {("methods", name) for name in METHODS_THAT_USE.get(path.stem, ())}
-        assert set(map(tuple, parts)) <= allowed, f"{path}: {set(map(tuple, parts)) - allowed}"
+        allowed = below | {f"methods.{name}" for name in METHODS_THAT_USE.get(path.stem, ())}
+        assert own <= allowed, f"{path}: {own - allowed}"
         assert len(path.read_text().splitlines()) <= 120, path
 
 

@@ -25,8 +25,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorenza_optax
-from lorenza_optax._inner import first_moment, load_moments, store_moments
-from lorenza_optax._quantized import BLOCK, dequantized, is_quantized, quantized
+from lorenza_optax._inner.inner import first_moment, load_moments, store_moments
+from lorenza_optax._inner.quantized import BLOCK, dequantized, is_quantized, quantized
 from lorenza_optax.memory import step_memory
 from tests import problems
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorenza_optax import randomized_svd
-from lorenza_optax._linalg import exact_svd, orthonormal
+from lorenza_optax._linalg.decompositions import exact_svd, orthonormal
 from tests import problems
 
 KEY = jax.random.key(0)

@@ -16,10 +16,11 @@ import optax.contrib
 import pytest
 
 import lorenza_optax
-from lorenza_optax import _in_update, memory
-from lorenza_optax._memory_of import METHODS, tree_bytes
-from lorenza_optax._memory_report import parse_bytes
-from lorenza_optax._model_shapes import PRESETS, abstract_params, find_model
+from lorenza_optax import memory
+from lorenza_optax._low_rank import in_update
+from lorenza_optax._memory.memory_of import METHODS, tree_bytes
+from lorenza_optax._memory.model_shapes import PRESETS, abstract_params, find_model
+from lorenza_optax._memory.report import parse_bytes
 from lorenza_optax.memory import memory_report, step_memory
 from tests import problems
 
@@ -86,9 +87,9 @@ def backward_passes(monkeypatch):
 
         return call
 
-    full, low = _in_update.full_gradient, _in_update.low_rank_gradient
-    monkeypatch.setattr(_in_update, "full_gradient", spy("full", full))
-    monkeypatch.setattr(_in_update, "low_rank_gradient", spy("low", low))
+    full, low = in_update.full_gradient, in_update.low_rank_gradient
+    monkeypatch.setattr(in_update, "full_gradient", spy("full", full))
+    monkeypatch.setattr(in_update, "low_rank_gradient", spy("low", low))
     return sizes
 
 

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import lorenza_optax
 from lorenza_optax import WeightDimensionNumbers
-from lorenza_optax._matrix_view import matrix_view
-from lorenza_optax._noise import Noise, plus_noise
-from lorenza_optax._update import LowRankUpdate
+from lorenza_optax._base.noise import Noise, plus_noise
+from lorenza_optax._low_rank.update import LowRankUpdate
+from lorenza_optax._plan.matrix_view import matrix_view
 
 SHAPES = {"in": (16, 24), "out": (24, 16), "layers": (2, 16, 16), "bias": (16,)}
 NUMBERS = {

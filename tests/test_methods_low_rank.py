@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from lorenza_optax import WeightDimensionNumbers, methods
-from lorenza_optax._random_subspace import opened
-from lorenza_optax._renewal import projectors_of
-from lorenza_optax._subspace import RANDOM
+from lorenza_optax._low_rank.random_subspace import opened
+from lorenza_optax._low_rank.renewal import projectors_of
+from lorenza_optax._subspace.subspace import RANDOM
 from tests import problems
 from tests.gold import make_galore
 from tests.reference import apollo as reference_apollo

@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from lorenza_optax import _full_rank, methods
-from lorenza_optax._newton_schulz import newton_schulz
-from lorenza_optax._residual import outside
+from lorenza_optax import methods
+from lorenza_optax._linalg.newton_schulz import newton_schulz
+from lorenza_optax._residual import full_rank
+from lorenza_optax._residual.residual import outside
 from tests import problems
 from tests.reference import cosmos as reference_cosmos
 from tests.reference import gum as reference_gum
@@ -194,9 +195,9 @@ def test_cosmos_keeps_a_whole_momentum_and_small_factors():
 
 @pytest.mark.parametrize(("number", "share"), [(5, 0.3), (10, 0.1), (1, 0.4), (3, 0.9)])
 def test_each_matrix_is_full_rank_with_probability_q(number, share):
-    slots = _full_rank._slots(share, number)
+    slots = full_rank._slots(share, number)
     assert slots == {5: 2, 10: 1, 1: 1, 3: 3}[number]
-    draw = jax.vmap(lambda key: _full_rank._drawn(key, number, slots, share))
+    draw = jax.vmap(lambda key: full_rank._drawn(key, number, slots, share))
     keys = jax.random.split(jax.random.key(0), 4000)
     drawn = np.asarray(draw(keys))
     is_full = np.array([[i in row for i in range(1, number + 1)] for row in drawn])
@@ -206,8 +207,8 @@ def test_each_matrix_is_full_rank_with_probability_q(number, share):
 
 
 def test_slots_of_many_matrices():
-    assert [_full_rank._slots(0.1, n) for n in (1, 10, 30, 31)] == [1, 1, 3, 4]
-    assert _full_rank._slots(1e-12, 3) == 1
+    assert [full_rank._slots(0.1, n) for n in (1, 10, 30, 31)] == [1, 1, 3, 4]
+    assert full_rank._slots(1e-12, 3) == 1
 
 
 @pytest.mark.parametrize(

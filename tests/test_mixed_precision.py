@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lorenza_optax import WeightDimensionNumbers
-from lorenza_optax._landscape import Displacement, Subspaces, landscape
-from lorenza_optax._matrix_view import matrix_view
+from lorenza_optax._factored.landscape import Displacement, Subspaces, landscape
+from lorenza_optax._plan.matrix_view import matrix_view
 
 BF16 = jnp.bfloat16
 rng = np.random.default_rng(0)

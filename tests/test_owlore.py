@@ -11,9 +11,9 @@ import pytest
 
 import lorenza_optax
 from lorenza_optax import WeightDimensionNumbers, projection_plan
-from lorenza_optax._layer_stacks import outlier_ratios, sampled
-from lorenza_optax._layers import find_layers
-from lorenza_optax._paths import leaves_by_path
+from lorenza_optax._base.paths import leaves_by_path
+from lorenza_optax._layerwise.layer_stacks import outlier_ratios, sampled
+from lorenza_optax._layerwise.layers import find_layers
 from lorenza_optax.methods import galore, owlore
 from tests import problems
 from tests.reference import owlore as reference

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import lorenza_optax
 from lorenza_optax import WeightDimensionNumbers, projection_plan
-from lorenza_optax._matrix_view import PROJ_TYPES, matrix_view
+from lorenza_optax._plan.matrix_view import PROJ_TYPES, matrix_view
 
 
 @settings(max_examples=60, deadline=None)

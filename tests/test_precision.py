@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import lorenza_optax
-from lorenza_optax._inner import store_moments
+from lorenza_optax._inner.inner import store_moments
 from tests import problems
 
 SHAPES = {"a": (12, 20), "b": (24, 10), "bias": (20,)}

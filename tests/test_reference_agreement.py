@@ -10,10 +10,10 @@ import optax
 import pytest
 
 import lorenza_optax
-from lorenza_optax._directions import full_space, in_subspace
-from lorenza_optax._gradient import PROBE, step_key
-from lorenza_optax._landscape import Subspaces
-from lorenza_optax._matrix_view import matrix_view
+from lorenza_optax._ascent.directions import full_space, in_subspace
+from lorenza_optax._ascent.gradient import PROBE, step_key
+from lorenza_optax._factored.landscape import Subspaces
+from lorenza_optax._plan.matrix_view import matrix_view
 from tests import problems
 from tests.reference import adazo_sam as reference_adazo_sam
 from tests.reference import lorenza as reference_lorenza

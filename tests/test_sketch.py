@@ -8,9 +8,9 @@ import optax
 import pytest
 
 import lorenza_optax
-from lorenza_optax._gradient import SKETCH, step_key
-from lorenza_optax._matrix_view import matrix_view
-from lorenza_optax._sketch import OVERSAMPLING
+from lorenza_optax._ascent.gradient import SKETCH, step_key
+from lorenza_optax._plan.matrix_view import matrix_view
+from lorenza_optax._subspace.sketch import OVERSAMPLING
 from tests import problems
 from tests.reference import sketched
 

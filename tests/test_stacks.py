@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 import lorenza_optax
-from lorenza_optax import _plan, _quantized, _renewal, _subspace, methods
-from lorenza_optax._stacks import overwritten
+from lorenza_optax import methods
+from lorenza_optax._inner import quantized
+from lorenza_optax._linalg.stacks import overwritten
+from lorenza_optax._low_rank import renewal
+from lorenza_optax._plan import plan
+from lorenza_optax._subspace import subspace
 from tests import problems
 
 SHAPES = {
@@ -38,7 +42,7 @@ FACTORIES = {
 
 
 def take_turns(monkeypatch, large=1):
-    monkeypatch.setattr(_plan, "LARGE", large)
+    monkeypatch.setattr(plan, "LARGE", large)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
@@ -83,14 +87,14 @@ def test_one_by_one_is_all_at_once(name, monkeypatch):
 def test_a_matrix_that_cannot_be_decomposed_keeps_its_subspace(large, monkeypatch):
     """The others get new ones, moments follow where they do, and the refresh stays due."""
     take_turns(monkeypatch, large)
-    original = _subspace.SUBSPACES["randomized_svd"]
+    original = subspace.SUBSPACES["randomized_svd"]
 
     def failing(matrices, rank, key):
         q, s, r = original(matrices, rank, key)
         norms = jnp.concatenate([jnp.linalg.norm(g, axis=(-2, -1)).reshape(-1) for g in matrices])
         return jnp.where((norms > 1e3)[:, None, None], jnp.nan, q), s, r
 
-    monkeypatch.setitem(_renewal.SUBSPACES, "randomized_svd", failing)
+    monkeypatch.setitem(renewal.SUBSPACES, "randomized_svd", failing)
     tx = FACTORIES["rotate"]()
     params = problems.params(shapes=SHAPES)
     rng = np.random.default_rng(1)
@@ -141,16 +145,16 @@ def test_leaves_are_overwritten_or_left_alone(in_turn, active):
 @pytest.mark.parametrize("signed", [True, False])
 def test_layers_are_encoded_one_by_one(signed, monkeypatch):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 64, 80)), jnp.float32)
-    together = _quantized.quantized(x, signed, None)
-    monkeypatch.setattr(_quantized, "LARGE_LAYER", 1)
+    together = quantized.quantized(x, signed, None)
+    monkeypatch.setattr(quantized, "LARGE_LAYER", 1)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    in_turn = _quantized.quantized(x, signed, None)
+    in_turn = quantized.quantized(x, signed, None)
     for name, array in together.items():
         np.testing.assert_array_equal(in_turn[name], array)
 
     @jax.jit
     def rounded(key):
-        return _quantized.dequantized(_quantized.quantized(x, signed, key))
+        return quantized.dequantized(quantized.quantized(x, signed, key))
 
     mean = np.mean([rounded(jax.random.key(i)) for i in range(200)], axis=0)
     wanted = np.asarray(x) if signed else np.maximum(x, 0)

@@ -12,11 +12,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorenza_optax
-from lorenza_optax import _noise, methods
-from lorenza_optax._gradient import PROBE, step_key
-from lorenza_optax._noise import Noise, plus_noise
-from lorenza_optax._random_subspace import opened
-from lorenza_optax._zeroth_order import _direction, _partners
+from lorenza_optax import methods
+from lorenza_optax._ascent.gradient import PROBE, step_key
+from lorenza_optax._base import noise
+from lorenza_optax._base.noise import Noise, plus_noise
+from lorenza_optax._low_rank.random_subspace import opened
+from lorenza_optax._low_rank.zeroth_order import _direction, _partners
 from tests import problems
 from tests.problems import slow
 from tests.reference import lozo as reference_lozo
@@ -141,7 +142,7 @@ def test_mezo(variant, q, estimator):
 
 @pytest.mark.parametrize(("q", "estimator"), [(3, "central"), slow(1, "jvp")])
 def test_mezo_with_all_leaves_drawn_part_by_part(q, estimator, monkeypatch):
-    monkeypatch.setattr(_noise, "SMALL", 10)
+    monkeypatch.setattr(noise, "SMALL", 10)
     check_mezo("sgd", q, estimator, lorenza_optax.apply_updates, factored_updates=True)
 
 

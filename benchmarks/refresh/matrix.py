@@ -15,7 +15,7 @@ import llama
 import lorenza_optax
 from benchmarks import programs
 from benchmarks.bars import Bar
-from lorenza_optax._linalg import randomized_svds
+from lorenza_optax._linalg.decompositions import randomized_svds
 
 GAP = 200
 # Of AdamW, before the gradient is taken. With larger steps one direction holds nearly all of its

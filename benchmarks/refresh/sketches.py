@@ -21,8 +21,8 @@ import lorenza_optax
 import optimizers
 import pretrain
 from benchmarks.refresh.matrix import best_share, share
-from lorenza_optax import _sketch
-from lorenza_optax._linalg import OVERSAMPLING, matmul, orthonormal
+from lorenza_optax._linalg.decompositions import OVERSAMPLING, matmul, orthonormal
+from lorenza_optax._subspace.sketch import WARM_UP, factors_from, sketch_rows
 
 OWN = "sketches through old factors (refresh='sketch')"
 GRADIENT = "randomized SVD, 1 power iteration (refresh='gradient')"
@@ -32,15 +32,15 @@ COLD = "randomized SVD, no power iteration"
 def _own(matrix, left, right, key, rank):
     """As the library does: ĝ = Pᵀ G and Y = G Ω, a step of subspace iteration from each side."""
     del rank  # that of the old factors
-    columns = _sketch.sketch_rows({"w": right}, {"w": left}, key)["w"]
+    columns = sketch_rows({"w": right}, {"w": left}, key)["w"]
     low, sketch = matmul(left.T, matrix), matmul(matrix, columns.T)
-    found = _sketch.factors_from(low[None], sketch[None])
+    found = factors_from(low[None], sketch[None])
     return found.projectors[0], found.partners[0]
 
 
 def _single_pass(matrix, left, right, key, rank, rows):
     """Tropp, Yurtsever, Udell, Cevher 2017, started from the old factors; ``rows`` of Ψ."""
-    columns = _sketch.sketch_rows({"w": right}, {"w": left}, key)["w"]
+    columns = sketch_rows({"w": right}, {"w": left}, key)["w"]
     fresh = jax.random.normal(jax.random.fold_in(key, 1), (rows - rank, matrix.shape[0]))
     psi = jnp.concatenate([left.T, fresh / jnp.sqrt(matrix.shape[0])])
     q = orthonormal(matmul(matrix, columns.T))
@@ -87,7 +87,7 @@ def sketches(size, arguments, text, console):
     for step in rich.progress.track(range(plan.steps), "  gradients", console=console):
         batch = corpus.train_batch(data.train, plan.seed, step, plan.batch_size, plan.seq_len)
         tree = gradient(params, batch)
-        if step < _sketch.WARM_UP or step % gap == 0:
+        if step < WARM_UP or step % gap == 0:
             leaves = dict(zip(lorenza_optax.projection_plan(tree, rank).leaves,
                               jax.tree.leaves(tree), strict=True))  # fmt: skip
             matrices = {path: _oriented(leaf, leaves[path]) for path, leaf in projected.items()}

@@ -63,7 +63,7 @@ def measure(cell):
 @contextlib.contextmanager
 def _always_refreshing():
     with programs.mock.patch(
-        "lorenza_optax._in_update.is_due", lambda *_: jax.numpy.ones((), bool)
+        "lorenza_optax._low_rank.in_update.is_due", lambda *_: jax.numpy.ones((), bool)
     ):
         yield
 

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorenza_optax._checks import check_choice
-from lorenza_optax._compose import by_backprop, with_learning_rate, without_learning_rate
-from lorenza_optax._residual import FIRA_LIMIT, Residual, each_leaf, kept, limit_growth
-from lorenza_optax._selection import Rank
-from lorenza_optax._subspace import SUBSPACES
+from lorenza_optax._base.checks import check_choice
+from lorenza_optax._low_rank.compose import by_backprop, with_learning_rate, without_learning_rate
+from lorenza_optax._plan.selection import Rank
+from lorenza_optax._residual.residual import FIRA_LIMIT, Residual, each_leaf, kept, limit_growth
+from lorenza_optax._subspace.subspace import SUBSPACES
 
 __all__ = ["apollo", "scale_by_apollo"]
 

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import optax
 
-from lorenza_optax._compose import by_backprop, with_learning_rate, without_learning_rate
-from lorenza_optax._eigenbasis import adam_and_muon
-from lorenza_optax._selection import Rank
-from lorenza_optax._subspace import POWER_ITERATION
+from lorenza_optax._low_rank.compose import by_backprop, with_learning_rate, without_learning_rate
+from lorenza_optax._plan.selection import Rank
+from lorenza_optax._residual.eigenbasis import adam_and_muon
+from lorenza_optax._subspace.subspace import POWER_ITERATION
 
 __all__ = ["cosmos", "scale_by_cosmos"]
 

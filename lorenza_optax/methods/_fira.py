@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import optax
 
-from lorenza_optax._compose import by_backprop, with_learning_rate, without_learning_rate
-from lorenza_optax._residual import FIRA, FIRA_AS_PUBLISHED
-from lorenza_optax._selection import Rank
+from lorenza_optax._low_rank.compose import by_backprop, with_learning_rate, without_learning_rate
+from lorenza_optax._plan.selection import Rank
+from lorenza_optax._residual.residual import FIRA, FIRA_AS_PUBLISHED
 
 __all__ = ["fira", "scale_by_fira"]
 

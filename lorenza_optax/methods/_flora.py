@@ -7,17 +7,17 @@ from typing import Any
 import jax
 import optax
 
-from lorenza_optax._checks import check_choice, check_int
-from lorenza_optax._compose import (
+from lorenza_optax._base.checks import check_choice, check_int
+from lorenza_optax._inner.rules import interpolated_ema
+from lorenza_optax._low_rank.compose import (
     at_rest_while_zero,
     by_backprop,
     in_float32,
     with_learning_rate,
     without_learning_rate,
 )
-from lorenza_optax._inner_rules import interpolated_ema
-from lorenza_optax._residual import complement
-from lorenza_optax._selection import Rank
+from lorenza_optax._plan.selection import Rank
+from lorenza_optax._residual.residual import complement
 
 __all__ = ["flora", "scale_by_flora"]
 

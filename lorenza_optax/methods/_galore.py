@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import optax
 
-from lorenza_optax._compose import by_backprop, with_learning_rate, without_learning_rate
-from lorenza_optax._inner_rules import scale_by_adam
-from lorenza_optax._selection import Rank
+from lorenza_optax._inner.rules import scale_by_adam
+from lorenza_optax._low_rank.compose import by_backprop, with_learning_rate, without_learning_rate
+from lorenza_optax._plan.selection import Rank
 
 __all__ = ["galore", "scale_by_galore"]
 

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import optax
 
-from lorenza_optax._checks import check_share
-from lorenza_optax._compose import by_backprop, with_learning_rate, without_learning_rate
-from lorenza_optax._full_rank import full_rank_blocks
-from lorenza_optax._inner_rules import orthogonalize
-from lorenza_optax._selection import Rank
+from lorenza_optax._base.checks import check_share
+from lorenza_optax._inner.rules import orthogonalize
+from lorenza_optax._low_rank.compose import by_backprop, with_learning_rate, without_learning_rate
+from lorenza_optax._plan.selection import Rank
+from lorenza_optax._residual.full_rank import full_rank_blocks
 
 __all__ = ["gum", "scale_by_gum"]
 

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import optax
 
-from lorenza_optax._checks import check_constant, check_int
-from lorenza_optax._compose import by_backprop, with_learning_rate, without_learning_rate
-from lorenza_optax._config import Displacement
-from lorenza_optax._selection import Rank
+from lorenza_optax._base.checks import check_constant, check_int
+from lorenza_optax._low_rank.compose import by_backprop, with_learning_rate, without_learning_rate
+from lorenza_optax._low_rank.config import Displacement
+from lorenza_optax._plan.selection import Rank
 
 __all__ = ["lotus", "scale_by_lotus"]
 

@@ -6,9 +6,13 @@ from typing import Any
 
 import optax
 
-from lorenza_optax._compose import by_forward_passes, with_learning_rate, without_learning_rate
-from lorenza_optax._config import Coordinates
-from lorenza_optax._selection import Rank
+from lorenza_optax._low_rank.compose import (
+    by_forward_passes,
+    with_learning_rate,
+    without_learning_rate,
+)
+from lorenza_optax._low_rank.config import Coordinates
+from lorenza_optax._plan.selection import Rank
 
 __all__ = ["lozo", "lozo_or_lozo_m", "scale_by_lozo"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import optax
 
-from lorenza_optax._compose import with_learning_rate, without_learning_rate
-from lorenza_optax._selection import Rank
+from lorenza_optax._low_rank.compose import with_learning_rate, without_learning_rate
+from lorenza_optax._plan.selection import Rank
 from lorenza_optax.methods._lozo import lozo_or_lozo_m
 
 __all__ = ["lozo_m", "scale_by_lozo_m"]

@@ -7,9 +7,13 @@ from typing import Any
 import jax
 import optax
 
-from lorenza_optax._checks import check_choice
-from lorenza_optax._compose import by_forward_passes, with_learning_rate, without_learning_rate
-from lorenza_optax._zeroth_order import best_of_three
+from lorenza_optax._base.checks import check_choice
+from lorenza_optax._low_rank.compose import (
+    by_forward_passes,
+    with_learning_rate,
+    without_learning_rate,
+)
+from lorenza_optax._low_rank.zeroth_order import best_of_three
 
 __all__ = ["mezo", "scale_by_mezo"]
 
@@ -57,8 +61,7 @@ def mezo(
       variant: "sgd", "sign", "momentum", "adam" or "conservative".
       estimator: "central" as above; "forward", from f(θ + μ z) - f(θ); "jvp", the forward gradient:
         the derivative itself by forward mode; or "auto", "jvp" where the loss allows it.
-      momentum: β of "momentum".
-      b1, b2, eps: Adam's β₁, β₂ and ε.
+      momentum, b1, b2, eps: β of "momentum"; Adam's β₁, β₂ and ε.
       weight_decay: Decoupled weight decay λ.
       mask: Optax's weight-decay mask.
       factored_updates: Leaves updates as keys, for :func:`lorenza_optax.apply_updates` in the same
@@ -102,10 +105,7 @@ def _build(
 ) -> optax.GradientTransformationExtraArgs:
     check_choice("variant", variant, VARIANTS)
     if variant == "conservative":
-        raise ValueError(
-            "variant='conservative' compares losses after whole steps, which needs the learning"
-            " rate: use mezo(learning_rate, variant='conservative')."
-        )
+        raise ValueError("variant='conservative' needs the learning rate: use mezo for it.")
     if axes["factored_updates"] and variant != "sgd":
         raise ValueError(f"factored_updates=True is for variant='sgd' only, got {variant!r}.")
     inner = {

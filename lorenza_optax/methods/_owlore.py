@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import optax
 
-from lorenza_optax._checks import check_constant
-from lorenza_optax._compose import without_learning_rate
-from lorenza_optax._inner_rules import scale_by_adam
-from lorenza_optax._layer_stacks import outlier_ratios
-from lorenza_optax._layerwise import LayerwiseState, layerwise
-from lorenza_optax._selection import Rank
+from lorenza_optax._base.checks import check_constant
+from lorenza_optax._inner.rules import scale_by_adam
+from lorenza_optax._layerwise.layer_stacks import outlier_ratios
+from lorenza_optax._layerwise.layerwise import LayerwiseState, layerwise
+from lorenza_optax._low_rank.compose import without_learning_rate
+from lorenza_optax._plan.selection import Rank
 
 __all__ = ["LayerwiseState", "owlore", "scale_by_owlore"]
 

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import optax
 
-from lorenza_optax._compose import by_backprop, with_learning_rate, without_learning_rate
-from lorenza_optax._proj_factor import proj_factor
-from lorenza_optax._selection import Rank
-from lorenza_optax._subspace import RANDOM, SUBSPACES
+from lorenza_optax._low_rank.compose import by_backprop, with_learning_rate, without_learning_rate
+from lorenza_optax._plan.selection import Rank
+from lorenza_optax._residual.proj_factor import proj_factor
+from lorenza_optax._subspace.subspace import RANDOM, SUBSPACES
 
 __all__ = ["projfactor", "scale_by_projfactor"]
 

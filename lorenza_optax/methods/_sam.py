@@ -6,9 +6,13 @@ from typing import Any
 
 import optax
 
-from lorenza_optax._ascent import AscentConfig
-from lorenza_optax._gradient import AdaptiveAscentState, GradientAscentState, initial_ascent_state
-from lorenza_optax._zo_sam import ascent_stage
+from lorenza_optax._ascent.ascent import AscentConfig
+from lorenza_optax._ascent.gradient import (
+    AdaptiveAscentState,
+    GradientAscentState,
+    initial_ascent_state,
+)
+from lorenza_optax._perturbation.zo_sam import ascent_stage
 
 __all__ = ["asam", "sam"]
 
@@ -89,11 +93,9 @@ def asam(
     leaves, as that law needs. Otherwise as :func:`sam`.
 
     Args:
-      rho: Radius ρ of the perturbation, relative to the parameters and about ten times that of
-        SAM; a schedule may give it. Negative descends instead.
+      rho: Radius ρ relative to the parameters, some ten times SAM's; or a schedule. < 0 descends.
       eta: η ≥ 0, by which parameters near zero are perturbed too; a schedule may give it.
-      perturb_every: As in :func:`sam`, likewise the next.
-      axis_name: Mapped axis over which the loss is per device.
+      perturb_every, axis_name: As in :func:`sam`.
 
     Returns:
       A transformation as :func:`sam` returns; ``ascent_norm`` in its state is ‖T ∇f(θ)‖, and

@@ -8,11 +8,15 @@ from typing import Any
 import jax
 import optax
 
-from lorenza_optax._compose import by_forward_passes, with_learning_rate, without_learning_rate
-from lorenza_optax._config import Coordinates
-from lorenza_optax._linalg import matmul
-from lorenza_optax._plan import LeafPlan
-from lorenza_optax._selection import Rank
+from lorenza_optax._linalg.decompositions import matmul
+from lorenza_optax._low_rank.compose import (
+    by_forward_passes,
+    with_learning_rate,
+    without_learning_rate,
+)
+from lorenza_optax._low_rank.config import Coordinates
+from lorenza_optax._plan.plan import LeafPlan
+from lorenza_optax._plan.selection import Rank
 
 __all__ = ["scale_by_subzero", "subzero"]
 

@@ -6,11 +6,15 @@ from typing import Any
 
 import optax
 
-from lorenza_optax._checks import check_constant
-from lorenza_optax._compose import by_forward_passes, with_learning_rate, without_learning_rate
-from lorenza_optax._config import Coordinates
-from lorenza_optax._inner_rules import orthogonalize
-from lorenza_optax._selection import Rank
+from lorenza_optax._base.checks import check_constant
+from lorenza_optax._inner.rules import orthogonalize
+from lorenza_optax._low_rank.compose import (
+    by_forward_passes,
+    with_learning_rate,
+    without_learning_rate,
+)
+from lorenza_optax._low_rank.config import Coordinates
+from lorenza_optax._plan.selection import Rank
 
 __all__ = ["scale_by_zo_muon", "zo_muon"]
 

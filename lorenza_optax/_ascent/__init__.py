@@ -1,0 +1,1 @@
+"""Where the loss rises, and the gradient there."""

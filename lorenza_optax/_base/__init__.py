@@ -1,0 +1,1 @@
+"""What everything else stands on: checks and their messages, paths, meshes, noise."""

@@ -1,0 +1,1 @@
+"""Evaluating a loss at W + P N without forming it."""

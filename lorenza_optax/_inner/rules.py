@@ -1,0 +1,54 @@
+"""Inner optimizers that Optax lacks, as transformations of the ``scale_by_*`` kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorenza_optax._linalg.newton_schulz import newton_schulz
+
+__all__ = ["interpolated_ema", "orthogonalize", "scale_by_adam"]
+
+
+def scale_by_adam(
+    b1: Any, b2: Any, eps: Any, *, eps_before_correction: bool = False
+) -> optax.GradientTransformation:
+    """Adam; the published code of GaLore adds ε to the root of the moment as it is.
+
+    It folds the bias corrections into the step size, so that the update is
+    m̂ / (√v̂ + ε / √(1 - β₂ᵗ)).
+    """
+    plain = optax.scale_by_adam(b1, b2, eps)
+    if not eps_before_correction:
+        return plain
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        correction = jnp.sqrt(1 - b2 ** (state.count + 1.0))
+        return optax.scale_by_adam(b1, b2, eps / correction).update(updates, state, params)
+
+    return optax.GradientTransformation(plain.init, update)
+
+
+def interpolated_ema(decay: Any) -> optax.GradientTransformation:
+    """β m + (1 - β) g, with the running mean m ← β m + (1 - β) g."""
+    mean = optax.ema(decay, debias=False)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        means, state = mean.update(updates, state)
+        mix = lambda m, g: decay * m + (1 - decay) * g  # noqa: E731
+        return jax.tree.map(mix, means, updates), state
+
+    return optax.GradientTransformation(mean.init, update)
+
+
+def orthogonalize() -> optax.GradientTransformation:
+    """Muon's step: each matrix ([b,] m, n) by :func:`newton_schulz`; other leaves as they are."""
+
+    def orthogonal(update: Any, _: Any) -> Any:
+        return newton_schulz(update) if update.ndim >= 2 else update
+
+    return optax.stateless_with_tree_map(orthogonal)

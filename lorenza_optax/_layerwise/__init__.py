@@ -1,0 +1,1 @@
+"""Training a few layers of a model at a time."""

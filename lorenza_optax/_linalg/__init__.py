@@ -1,0 +1,1 @@
+"""Decompositions of a matrix and of stacks of them, without trees or optimizers."""

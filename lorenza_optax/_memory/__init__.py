@@ -1,0 +1,1 @@
+"""What training will take, counted on shapes."""

@@ -1,0 +1,1 @@
+"""The subspace of a matrix: how it is chosen, and when anew."""

@@ -1,0 +1,1 @@
+"""What a training loop needs beside update: low-rank gradients, scalars, shardings, checkpoints."""

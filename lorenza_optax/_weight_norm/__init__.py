@@ -1,0 +1,1 @@
+"""Training a matrix as magnitudes and directions."""
