@@ -14,6 +14,13 @@ from lorenza_optax._base.noise import Noise
 from lorenza_optax._inner.inner import load_moments, store_moments
 from lorenza_optax._linalg.decompositions import total
 from lorenza_optax._low_rank.config import LowRankConfig
+from lorenza_optax._low_rank.partial_refresh import (
+    displaced,
+    in_turn,
+    moved_on,
+    refresh_some,
+    standing_still,
+)
 from lorenza_optax._low_rank.renewal import (
     NewSubspaces,
     carried,
@@ -21,7 +28,6 @@ from lorenza_optax._low_rank.renewal import (
     projectors_of,
     unchanged,
 )
-from lorenza_optax._low_rank.some import displaced, in_turn, moved_on, refresh_some, standing_still
 from lorenza_optax._low_rank.state import LowRankState
 from lorenza_optax._plan.plan import ProjectionPlan
 from lorenza_optax._residual.residual import DISCARD, Situation
