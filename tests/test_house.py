@@ -24,8 +24,9 @@ LAYERS = {
     "_residual": ["residual", "full_rank", "eigenbasis", "proj_factor"],
     "_ascent": ["directions", "probes", "ascent", "gradient", "surroundings"],
     "_low_rank": [
-        *("config", "state", "fit", "renewal", "random_subspace", "partial_refresh", "step"),
-        *("in_update", "update", "zeroth_order", "low_rank", "arguments", "compose"),
+        *("config", "state", "fit", "renewal", "inner_step", "random_subspace"),
+        *("partial_refresh", "step", "in_update", "update", "zeroth_order", "low_rank"),
+        *("arguments", "compose"),
     ],
     "_weight_norm": ["weight_norm", "weight_normalized"],
     "_layerwise": ["layers", "layer_stacks", "layerwise"],

@@ -156,10 +156,13 @@ def check_stored(state: Any, dtype: jnp.dtype | None) -> None:
             )
 
 
-def store_moments(state: Any, dtype: jnp.dtype | None, key: jax.Array | None) -> Any:
+def store_moments(
+    state: Any, dtype: jnp.dtype | None, key: jax.Array | None, kept: Any = None
+) -> Any:
     """The state as it is kept: floating arrays in ``dtype``, None for as they are.
 
-    In int8 each moment that is large enough is a dict of codes and scales; see ``quantized.py``.
+    In int8 each moment that is large enough, or that is so in ``kept``, of which this may be a
+    part, is a dict of codes and scales; see ``quantized.py``.
 
     Rounding to bfloat16 and int8 is stochastic where there is a key. With b2 = 0.999 a second
     moment grows by at most a thousandth of itself an update, less than half a step of either, so
@@ -168,13 +171,16 @@ def store_moments(state: Any, dtype: jnp.dtype | None, key: jax.Array | None) ->
     if dtype is None:
         return state
     leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_quantized)
+    before = leaves if kept is None else treedef.flatten_up_to(kept)
     stored = []
-    for index, (path, leaf) in enumerate(leaves):
+    for index, ((path, leaf), old) in enumerate(zip(leaves, before, strict=True)):
         own_key = None if key is None else jax.random.fold_in(key, index)
         if is_quantized(leaf) or not _is_moment(leaf):
             stored.append(leaf)
         elif dtype == jnp.int8:
             signed = _sign_if_quantized(path, leaf)
+            if kept is not None:
+                signed = _SIGNS[_field(path) or ""] if is_quantized(old) else None
             stored.append(leaf if signed is None else quantized(leaf, signed, own_key))
         elif dtype == jnp.bfloat16 and own_key is not None:
             stored.append(_round_stochastically(leaf, own_key))

@@ -10,26 +10,36 @@ import optax
 
 from lorenza_optax._linalg.newton_schulz import newton_schulz
 
-__all__ = ["interpolated_ema", "orthogonalize", "scale_by_adam"]
+__all__ = ["interpolated_ema", "is_elementwise", "orthogonalize", "scale_by_adam"]
 
 
 def scale_by_adam(
     b1: Any, b2: Any, eps: Any, *, eps_before_correction: bool = False
-) -> optax.GradientTransformation:
-    """Adam; the published code of GaLore adds ε to the root of the moment as it is.
+) -> optax.GradientTransformationExtraArgs:
+    """Optax's Adam, marked as elementwise: see :func:`is_elementwise`.
 
-    It folds the bias corrections into the step size, so that the update is
-    m̂ / (√v̂ + ε / √(1 - β₂ᵗ)).
+    The published code of GaLore adds ε to the root of the moment as it is
+    (``eps_before_correction``): it folds the bias corrections into the step size, so that the
+    update is m̂ / (√v̂ + ε / √(1 - β₂ᵗ)).
     """
-    plain = optax.scale_by_adam(b1, b2, eps)
-    if not eps_before_correction:
-        return plain
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        correction = jnp.sqrt(1 - b2 ** (state.count + 1.0))
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        del extra_args
+        correction = 1
+        if eps_before_correction:
+            correction = jnp.sqrt(1 - b2 ** (state.count + 1.0))
         return optax.scale_by_adam(b1, b2, eps / correction).update(updates, state, params)
 
-    return optax.GradientTransformation(plain.init, update)
+    update.is_elementwise = True  # pyright: ignore[reportFunctionMemberAccess]
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
+def is_elementwise(inner: optax.GradientTransformation) -> bool:
+    """Whether an optimizer is known to treat each entry by itself, with an ``optax`` Adam's state.
+
+    Only those of this module are known: of a transformation that somebody made it cannot be seen.
+    """
+    return getattr(inner.update, "is_elementwise", False)
 
 
 def interpolated_ema(decay: Any) -> optax.GradientTransformation:

@@ -12,6 +12,7 @@ import optax
 
 from lorenza_optax._ascent.ascent import AscentConfig
 from lorenza_optax._base.checks import check_transformation
+from lorenza_optax._inner.rules import scale_by_adam
 from lorenza_optax._low_rank.config import LowRankConfig
 from lorenza_optax._low_rank.low_rank import low_rank
 from lorenza_optax._low_rank.update import Unformed
@@ -119,7 +120,7 @@ def low_rank_config(
         factored=factored,
     )
     check_transformation("base_optimizer", base_optimizer)
-    inner = optax.scale_by_adam(b1, b2, eps) if base_optimizer is None else base_optimizer
+    inner = scale_by_adam(b1, b2, eps) if base_optimizer is None else base_optimizer
     return LowRankConfig(
         inner=optax.with_extra_args_support(inner),
         decays=(b1, b2) if base_optimizer is None else None,

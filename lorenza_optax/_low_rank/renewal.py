@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from lorenza_optax._linalg.decompositions import total
 from lorenza_optax._linalg.stacks import overwritten, stacked
 from lorenza_optax._low_rank.config import LowRankConfig
 from lorenza_optax._low_rank.state import LowRankState
-from lorenza_optax._plan.plan import LeafPlan, ProjectionPlan
+from lorenza_optax._plan.plan import LeafPlan, ProjectionPlan, Stack
 from lorenza_optax._subspace.subspace import (
     POWER_ITERATION,
     SUBSPACES,
@@ -191,7 +191,7 @@ def projectors_of(plan: ProjectionPlan, q: Arrays, r: Arrays) -> Arrays:
 
 def carried(
     config: LowRankConfig,
-    plan: ProjectionPlan,
+    stacks: Sequence[Stack],
     moments: Any,
     initial: Any,
     overlaps: Arrays,
@@ -206,4 +206,4 @@ def carried(
     kind = config.moment_transport
     if kind == "keep" and config.decays is not None and settling is not None:
         kind, changed = "rotate", changed & settling
-    return transport(kind, moments, initial, overlaps, config.decays, changed, plan.stacks)
+    return transport(kind, moments, initial, overlaps, config.decays, changed, stacks)

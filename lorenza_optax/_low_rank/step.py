@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,9 @@ import optax
 
 from lorenza_optax._ascent.gradient import RESIDUAL, ROUNDING, SKETCH, step_key
 from lorenza_optax._base.noise import Noise
-from lorenza_optax._inner.inner import load_moments, store_moments
 from lorenza_optax._linalg.decompositions import total
 from lorenza_optax._low_rank.config import LowRankConfig
+from lorenza_optax._low_rank.inner_step import Turn, inner_step
 from lorenza_optax._low_rank.partial_refresh import (
     displaced,
     in_turn,
@@ -23,7 +23,6 @@ from lorenza_optax._low_rank.partial_refresh import (
 )
 from lorenza_optax._low_rank.renewal import (
     NewSubspaces,
-    carried,
     from_gradient,
     projectors_of,
     unchanged,
@@ -196,18 +195,22 @@ def complete(
     zeroed = lambda tree: {path: jnp.where(usable, g, 0) for path, g in tree.items()}  # noqa: E731
     prepared = prepared._replace(low=zeroed(prepared.low), others=zeroed(prepared.others))
     projectors = projectors_of(plan, *prepared.subspaces[:2])
-    inner_update: Callable[..., Any] = config.inner.update
-    initial = config.inner.init(prepared.low)
-    moments = load_moments(state.projected, initial)
-
-    if prepared.overlaps:
-        moments = carried(config, plan, moments, initial, prepared.overlaps, prepared.changed)
-    inner_low, projected = inner_update(prepared.low, moments, None, **extra_args)
-    initial_others = config.others_inner.init(prepared.others)
-    update_others: Callable[..., Any] = config.others_inner.update
-    inner_rest, others = update_others(
-        prepared.others, load_moments(state.others, initial_others), None, **extra_args
-    )
+    key = step_key(state.ascent.seed, state.count, ROUNDING)
+    keys = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    before = Turn(prepared.overlaps, prepared.changed) if prepared.overlaps else None
+    subspaces, overlap, refreshed = prepared.subspaces, prepared.overlap, prepared.refreshed
+    after = None
+    if new is not None:
+        subspaces, overlaps, overlap, refreshed, changed = new
+        after = Turn(overlaps, changed, state.count < WARM_UP)
+    inner_low, projected = inner_step(
+        config, plan, config.inner, prepared.low, state.projected, usable, keys[0], extra_args,
+        before, after,
+    )  # fmt: skip
+    inner_rest, others = inner_step(
+        config, plan, config.others_inner, prepared.others, state.others, usable, keys[1],
+        extra_args,
+    )  # fmt: skip
 
     updates: dict[str, Any] = {}
     wholes, memory = {}, state.residual
@@ -247,35 +250,24 @@ def complete(
             whole = lift(projectors[path], inner)
         updates[path] = leaf.view.leaf(leaf.view.orient(whole)).astype(target.dtype)
 
-    subspaces, overlap, refreshed = prepared.subspaces, prepared.overlap, prepared.refreshed
-    if new is not None:
-        subspaces, overlaps, overlap, refreshed, changed = new
-        settling = state.count < WARM_UP
-        projected = carried(config, plan, projected, initial, overlaps, changed, settling)
-
-    dtype = config.stored_moment_dtype()
-    key = step_key(state.ascent.seed, state.count, ROUNDING)
     changed = proposed._replace(
-        projected=store_moments(projected, dtype, jax.random.fold_in(key, 0)),
-        others=store_moments(others, dtype, jax.random.fold_in(key, 1)),
         residual=memory,
         displacement=prepared.displacement,
         captured_energy=prepared.captured_energy,
         subspace_overlap=overlap,
     )
-    empty: dict[str, Any] = {"q": (), "r": (), "singular_values": ()}
+    settled = dict(zip(("q", "r", "singular_values"), subspaces, strict=True))
+    settled |= {"projected": projected, "others": others}
+    empty = dict.fromkeys(settled, ())
     kept = jax.tree.map(
         lambda new, old: jnp.where(usable, new, old),
         changed._replace(**empty),
         state._replace(**empty),
     )
-    q, r, values = subspaces
     return updates, kept._replace(
         count=optax.safe_increment(state.count),
         last_refresh=jnp.where(refreshed, state.count, state.last_refresh),
         skipped=jnp.where(usable, state.skipped, optax.safe_increment(state.skipped)),
-        q=q,
-        r=r,
-        singular_values=values,
         ascent=proposed.ascent,
+        **settled,
     )

@@ -19,6 +19,7 @@ from lorenza_optax._ascent.surroundings import of_state
 from lorenza_optax._base.calls import check_call
 from lorenza_optax._base.checks import check_int, check_not_injected
 from lorenza_optax._base.paths import leaves_by_path
+from lorenza_optax._inner.rules import scale_by_adam
 from lorenza_optax._low_rank.arguments import with_decay
 from lorenza_optax._low_rank.config import LowRankConfig
 from lorenza_optax._low_rank.in_update import full_gradient_in_update
@@ -211,7 +212,7 @@ def adazo_sam(
     config = LowRankConfig(
         rank=1,
         update_proj_gap=1,
-        inner=optax.with_extra_args_support(optax.scale_by_adam(b1, b2, eps)),
+        inner=optax.with_extra_args_support(scale_by_adam(b1, b2, eps)),
         ascent=AscentConfig(
             rho, mu, num_probes, "zo", estimator, probe_batch_size, perturb_every, axis_name
         ),

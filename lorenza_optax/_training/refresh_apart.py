@@ -83,7 +83,7 @@ def _with_sketches(
     initial = config.inner.init(low)
     moments = load_moments(state.projected, initial)
     settling = state.count < WARM_UP
-    moved = carried(config, plan, moments, initial, new.overlaps, new.changed, settling)
+    moved = carried(config, plan.stacks, moments, initial, new.overlaps, new.changed, settling)
     when = new.refreshed, new.changed
     return _installed(config, state, new.subspaces, moved, *when, share, new.overlap)
 
@@ -95,7 +95,7 @@ def _with_gradient(
     initial = config.inner.init(found.low)
     moments = load_moments(state.projected, initial)
     if found.overlaps:
-        moments = carried(config, plan, moments, initial, found.overlaps, found.changed)
+        moments = carried(config, plan.stacks, moments, initial, found.overlaps, found.changed)
     when, shares = (found.refreshed, found.changed), (found.captured_energy, found.overlap)
     return _installed(config, state, found.subspaces, moments, *when, *shares)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lorenza_optax._base.checks import check_choice
+from lorenza_optax._inner.rules import scale_by_adam
 from lorenza_optax._low_rank.compose import by_backprop, with_learning_rate, without_learning_rate
 from lorenza_optax._plan.selection import Rank
 from lorenza_optax._residual.residual import FIRA_LIMIT, Residual, each_leaf, kept, limit_growth
@@ -64,9 +65,7 @@ def apollo(
       update_proj_gap: T, in updates; the paper's 200.
       scale: α, factor of the projected leaves' updates; √128 for APOLLO-Mini.
       scale_type: "channel" (a scale s a column) or "tensor" (one scale ‖N‖ / ‖ĝ‖ a matrix).
-      b1: Adam's β₁.
-      b2: Adam's β₂.
-      eps: Adam's ε.
+      b1, b2, eps: Adam's β₁, β₂ and ε.
       weight_decay: Decoupled weight decay λ.
       mask: Optax's weight-decay mask.
       subspace: "gaussian"; or "svd" or "randomized_svd", which are kept.
@@ -104,7 +103,7 @@ def _build(
     rule = each_leaf(_scaled, axis=_AXES[scale_type])
     axes["residual"] = Residual(rule, kept(norm=""), needs_orthonormal=False)
     axes["subspaces"] = (*SUBSPACES, "gaussian")
-    return by_backprop(optax.scale_by_adam(b1, b2, eps), **axes)
+    return by_backprop(scale_by_adam(b1, b2, eps), **axes)
 
 
 def _scaled(

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from lorenza_optax._inner.rules import scale_by_adam
 from lorenza_optax._low_rank.compose import by_backprop, with_learning_rate, without_learning_rate
 from lorenza_optax._plan.selection import Rank
 from lorenza_optax._residual.eigenbasis import adam_and_muon
@@ -98,7 +99,7 @@ def _build(
 ) -> optax.GradientTransformationExtraArgs:
     return by_backprop(
         optax.identity(),
-        inner_others=optax.scale_by_adam(b1, b2, eps),
+        inner_others=scale_by_adam(b1, b2, eps),
         update_proj_gap=1,
         subspace=POWER_ITERATION,
         subspaces=(POWER_ITERATION,),

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from lorenza_optax._inner.rules import scale_by_adam
 from lorenza_optax._low_rank.compose import by_backprop, with_learning_rate, without_learning_rate
 from lorenza_optax._plan.selection import Rank
 from lorenza_optax._residual.residual import FIRA, FIRA_AS_PUBLISHED
@@ -96,7 +97,7 @@ def _build(
     b1: Any, b2: Any, eps: Any, scale_added: bool, **axes: Any
 ) -> optax.GradientTransformationExtraArgs:
     residual = FIRA if scale_added else FIRA_AS_PUBLISHED
-    return by_backprop(optax.scale_by_adam(b1, b2, eps), residual=residual, **axes)
+    return by_backprop(scale_by_adam(b1, b2, eps), residual=residual, **axes)
 
 
 scale_by_fira = without_learning_rate(fira, _build)

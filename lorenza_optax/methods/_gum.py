@@ -8,7 +8,7 @@ import jax
 import optax
 
 from lorenza_optax._base.checks import check_share
-from lorenza_optax._inner.rules import orthogonalize
+from lorenza_optax._inner.rules import orthogonalize, scale_by_adam
 from lorenza_optax._low_rank.compose import by_backprop, with_learning_rate, without_learning_rate
 from lorenza_optax._plan.selection import Rank
 from lorenza_optax._residual.full_rank import full_rank_blocks
@@ -104,7 +104,7 @@ def _build(
     check_share("full_rank_share", full_rank_share)
     return by_backprop(
         optax.chain(optax.trace(beta), orthogonalize()),
-        inner_others=optax.scale_by_adam(b1, b2, eps),
+        inner_others=scale_by_adam(b1, b2, eps),
         residual=full_rank_blocks(full_rank_share, beta),
         moment_transport="reset",
         **axes,

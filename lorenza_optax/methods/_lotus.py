@@ -8,6 +8,7 @@ import jax
 import optax
 
 from lorenza_optax._base.checks import check_constant, check_int
+from lorenza_optax._inner.rules import scale_by_adam
 from lorenza_optax._low_rank.compose import by_backprop, with_learning_rate, without_learning_rate
 from lorenza_optax._low_rank.config import Displacement
 from lorenza_optax._plan.selection import Rank
@@ -100,7 +101,7 @@ def _build(
     check_int("check_every", check_every, 1)
     check_constant("threshold", threshold, 0)
     rule = Displacement(check_every, threshold)
-    inner = optax.scale_by_adam(b1, b2, eps)
+    inner = scale_by_adam(b1, b2, eps)
     return by_backprop(inner, update_proj_gap=1, displacement=rule, subspace=subspace, **axes)
 
 

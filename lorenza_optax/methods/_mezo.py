@@ -8,6 +8,7 @@ import jax
 import optax
 
 from lorenza_optax._base.checks import check_choice
+from lorenza_optax._inner.rules import scale_by_adam
 from lorenza_optax._low_rank.compose import (
     by_forward_passes,
     with_learning_rate,
@@ -51,8 +52,7 @@ def mezo(
     "conservative" takes of θ, θ + u and θ - u, with u the whole step, the one with the smallest
     loss on the batch, and the first of equal ones; three more forward passes.
 
-    Only a seed (and moments) is kept, and z drawn wherever it is needed: with
-    ``factored_updates`` a step needs the memory of inference.
+    Only a seed (and moments) is kept: with ``factored_updates`` a step takes inference's memory.
 
     Args:
       learning_rate: Step size γ; 1e-7 to 1e-5 in the paper.
@@ -112,7 +112,7 @@ def _build(
         "sgd": optax.identity,
         "sign": optax.scale_by_sign,
         "momentum": lambda: optax.trace(momentum),
-        "adam": lambda: optax.scale_by_adam(b1, b2, eps),
+        "adam": lambda: scale_by_adam(b1, b2, eps),
     }
     return by_forward_passes(inner[variant](), **axes)
 

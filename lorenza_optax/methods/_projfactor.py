@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from lorenza_optax._inner.rules import scale_by_adam
 from lorenza_optax._low_rank.compose import by_backprop, with_learning_rate, without_learning_rate
 from lorenza_optax._plan.selection import Rank
 from lorenza_optax._residual.proj_factor import proj_factor
@@ -96,7 +97,7 @@ def _build(
     b1: Any, b2: Any, eps: Any, eps_in_root: bool, **axes: Any
 ) -> optax.GradientTransformationExtraArgs:
     residual = proj_factor(b1, b2, eps, eps_in_root)
-    others = optax.scale_by_adam(b1, b2, eps)
+    others = scale_by_adam(b1, b2, eps)
     inner = optax.ema(b1, debias=False)
     return by_backprop(
         inner, inner_others=others, residual=residual, subspaces=(*SUBSPACES, *RANDOM), **axes
