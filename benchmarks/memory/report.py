@@ -98,11 +98,10 @@ def _explanation(main):
         "",
         "What a CPU's compiler plans is not what a GPU's does. It copies donated state through "
         "conditionals, transposes operands for its matrix products, and widens bfloat16 to "
-        "float32, which is why the compiled steps are of float32; int8 moments are decoded for "
-        "whole stacks of layers at once. So the order of methods carries over better than the "
-        "sizes of the temporaries, and counts of weights and state carry over exactly. A rerun "
-        "with the same versions gives the same bytes, all of them; with another jaxlib "
-        "temporaries and peaks may differ, counts not.",
+        "float32, which is why the compiled steps are of float32. So the order of methods carries "
+        "over better than the sizes of the temporaries, and counts of weights and state carry over "
+        "exactly. A rerun with the same versions gives the same bytes, all of them; with another "
+        "jaxlib temporaries and peaks may differ, counts not.",
     ]
 
 
