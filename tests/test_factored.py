@@ -10,9 +10,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 import lorenza_optax
 from lorenza_optax import WeightDimensionNumbers
+from lorenza_optax._ascent.ascent import AscentConfig
+from lorenza_optax._ascent.gradient import low_rank_gradient
 from lorenza_optax._base.paths import leaves_by_path
-from lorenza_optax._factored.landscape import Displacement, Subspaces, landscape
+from lorenza_optax._factored.landscape import (
+    Displacement,
+    Rows,
+    Subspaces,
+    landscape,
+    multiplied,
+)
 from lorenza_optax._plan.matrix_view import matrix_view
+from tests import problems
 
 D, LAYERS, RANK = 12, 3, 2
 STACK = WeightDimensionNumbers(1, 2)
@@ -208,11 +217,11 @@ FORMED = {
 }  # fmt: skip
 
 
-def _setup(case, keep_factored, dtype=jnp.float32):
+def _setup(case, keep_factored, dtype=jnp.float32, proj_type="std"):
     params, function, numbers = case
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     leaves = leaves_by_path(params)
-    views = {path: matrix_view(leaves[path].shape, n) for path, n in numbers.items()}
+    views = {path: matrix_view(leaves[path].shape, n, proj_type) for path, n in numbers.items()}
     projectors, moves = {}, {}
     for seed, (path, view) in enumerate(views.items()):
         projectors[path] = _normal(10 + seed, *view.batch, view.compressed_size, RANK)
@@ -221,8 +230,8 @@ def _setup(case, keep_factored, dtype=jnp.float32):
     def loss(params):
         return jnp.mean(jnp.sin(function(params).astype(jnp.float32)))
 
-    near = landscape(loss, params, Subspaces(views, projectors), keep_factored=keep_factored)
-    return near, moves
+    subspaces = Subspaces(views, projectors)
+    return landscape(loss, params, subspaces, keep_factored=keep_factored), moves, subspaces
 
 
 def _numbers(near, moves):
@@ -248,16 +257,66 @@ def _numbers(near, moves):
 @pytest.mark.parametrize("name", [*CASES, *FORMED])
 def test_numbers_are_those_of_plain_evaluation(name):
     case = {**CASES, **FORMED}[name]
-    near, moves = _setup(case, keep_factored=True)
+    near, moves, _ = _setup(case, keep_factored=True)
     tolerance = 2e-2 if "bfloat16" in name else 2e-5
     ours = _numbers(near, moves)
-    near_plain, _ = _setup(case, keep_factored=False)
+    near_plain, _, _ = _setup(case, keep_factored=False)
     near_plain.seen.update(near.seen)
     theirs = _numbers(near_plain, moves)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         scale = float(jnp.max(jnp.abs(b))) + 1e-6
         np.testing.assert_allclose(a, b, atol=tolerance * scale)
     assert bool(near.seen) == (name in FORMED), near.seen
+
+
+COMMON = ("scan and remat", "loop and cond", "merged", "tied embedding", "scaled", "square")
+
+
+@pytest.mark.parametrize(
+    "name", [*COMMON, *map(problems.slow, sorted({*CASES, *FORMED} - {*COMMON}))]
+)
+def test_rows_that_are_not_multiplied_out_are_what_they_stand_for(name):
+    """Values, slopes of several and gradients by what is added to them, from either side."""
+    for proj_type in ("left", "right"):
+        near, moves, subspaces = _setup({**CASES, **FORMED}[name], True, proj_type=proj_type)
+        rows = {
+            path: Rows(_normal(30, *move.shape[:-1]).astype(jnp.float32), move.astype(jnp.bfloat16))
+            for path, move in moves.items()
+        }
+        arrays = {path: multiplied(low) for path, low in rows.items()}
+
+        def numbers(low, near=near, subspaces=subspaces):
+            move = Displacement(low, {})
+
+            def slope(factor):
+                along = lambda step: near.at(move.scaled(factor * step), vanishes=True)  # noqa: E731
+                return jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),))[1]
+
+            slopes = None
+            if name != "custom_vjp":  # it has no forward mode
+                slopes = jax.vmap(slope)(jnp.array([1.0, -2.0]))
+            return slopes, low_rank_gradient(near, subspaces, move, AscentConfig())
+
+        tolerance = 2e-2 if "bfloat16" in name else 2e-5
+        theirs = jax.jit(numbers)(arrays)
+        for a, b in zip(
+            jax.tree.leaves(jax.jit(numbers)(rows)), jax.tree.leaves(theirs), strict=True
+        ):
+            np.testing.assert_allclose(a, b, atol=tolerance * (float(jnp.max(jnp.abs(b))) + 1e-6))
+
+
+def test_rows_are_multiplied_layer_by_layer():
+    """In a scan over layers no array of all of them is made."""
+    near, moves, _ = _setup(CASES["scan and remat"], True)
+    shape = moves["w"].shape
+    rows = {"w": Rows(jnp.ones(shape[:-1]), moves["w"].astype(jnp.float32))}
+
+    def made(low_of):
+        program = jax.make_jaxpr(lambda rows: near.at(Displacement(low_of(rows), {})))(rows)
+        return {e.primitive.name for e in program.eqns if e.outvars[0].aval.shape == shape}
+
+    assert "mul" in made(lambda rows: {"w": multiplied(rows["w"])})
+    assert "mul" not in made(lambda rows: rows)
 
 
 def _products(jaxpr):
@@ -274,7 +333,7 @@ def _products(jaxpr):
 @pytest.mark.parametrize("name", [*CASES, "concatenate"])
 def test_no_product_has_the_size_of_a_weight(name):
     """Neither L R nor a full gradient: but in the case that is known to form the sum."""
-    near, moves = _setup({**CASES, **FORMED}[name], keep_factored=True)
+    near, moves, _ = _setup({**CASES, **FORMED}[name], keep_factored=True)
     sizes = {near.leaves[path].size for path in moves}
     sizes |= {near.leaves[path].size // LAYERS for path, move in moves.items() if move.ndim == 3}
     gradient = jax.make_jaxpr(jax.grad(lambda low: near.at(Displacement(low, {}))))(moves)
@@ -283,9 +342,9 @@ def test_no_product_has_the_size_of_a_weight(name):
 
 def test_bfloat16_weights_keep_their_dtype_and_their_displacement():
     """A scan's carry keeps its dtype, and ε is not rounded away."""
-    near, moves = _setup(CASES["scan and remat"], keep_factored=True, dtype=jnp.bfloat16)
+    near, moves, _ = _setup(CASES["scan and remat"], keep_factored=True, dtype=jnp.bfloat16)
     assert near.leaves["w"].dtype == jnp.bfloat16
-    exact, _ = _setup(CASES["scan and remat"], keep_factored=False)
+    exact, _, _ = _setup(CASES["scan and remat"], keep_factored=False)
     for size in (1.0, 1e-3):
         small = Displacement(jax.tree.map(lambda m, size=size: size * m, moves), {})
         none = Displacement({}, {})
@@ -296,20 +355,20 @@ def test_bfloat16_weights_keep_their_dtype_and_their_displacement():
     # What needs the sum itself, rows of it, and what is returned, are evaluated in float32.
     returned = (W, lambda p: p["w"], {"w": None})
     for case in (FORMED["square"], FORMED["gram"], CASES["tied embedding"], returned):
-        near, moves = _setup(case, keep_factored=True, dtype=jnp.bfloat16)
+        near, moves, _ = _setup(case, keep_factored=True, dtype=jnp.bfloat16)
         assert near.leaves["w"].dtype == jnp.float32
 
 
 def test_a_while_loop_has_no_backward_pass_but_values():
-    near, moves = _setup((W, _while, {"w": None}), keep_factored=True)
-    plain, _ = _setup((W, _while, {"w": None}), keep_factored=False)
+    near, moves, _ = _setup((W, _while, {"w": None}), keep_factored=True)
+    plain, _, _ = _setup((W, _while, {"w": None}), keep_factored=False)
     move = Displacement(moves, {})
     np.testing.assert_allclose(near.at(move), plain.at(move), rtol=1e-4)
     assert not near.seen
 
 
 def test_a_leaf_that_cannot_stay_factored_is_named_once():
-    near, moves = _setup(FORMED["custom_vjp"], keep_factored=True)
+    near, moves, _ = _setup(FORMED["custom_vjp"], keep_factored=True)
     near.at(Displacement(moves, {}))
     with pytest.warns(UserWarning, match=r"'w' \(custom_vjp_call\)") as caught:
         near.warn()

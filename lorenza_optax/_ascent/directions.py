@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from lorenza_optax._base.mesh import in_auto_mode
 from lorenza_optax._base.paths import path_hash
-from lorenza_optax._factored.landscape import Displacement, Subspaces
+from lorenza_optax._factored.landscape import Displacement, Rows, Subspaces, multiplied
 from lorenza_optax._linalg.decompositions import matmul, total
 
 __all__ = [
@@ -81,10 +81,10 @@ def in_subspace(subspaces: Subspaces, partners: Mapping[str, jax.Array]) -> Dire
     def displacement(probe: Probe) -> Displacement:
         low = {}
         for path, k in partners.items():
-            u = probe.weights[path]
-            rows = u[..., None] * k.astype(u.dtype)
-            missing = subspaces.projectors[path].shape[-1] - k.shape[-2]
-            low[path] = jnp.pad(rows, [*[(0, 0)] * (rows.ndim - 2), (0, missing), (0, 0)])
+            low[path] = Rows(probe.weights[path], k)
+            if missing := subspaces.projectors[path].shape[-1] - k.shape[-2]:
+                rows = multiplied(low[path])
+                low[path] = jnp.pad(rows, [*[(0, 0)] * (rows.ndim - 2), (0, missing), (0, 0)])
         return Displacement(low, {})
 
     def combine(slopes: jax.Array, probes: Probe) -> Probe:
@@ -101,7 +101,9 @@ def in_subspace(subspaces: Subspaces, partners: Mapping[str, jax.Array]) -> Dire
 
 def displacement_norm(move: Displacement, subspaces: Subspaces) -> jax.Array:
     """Frobenius norm over all leaves, without forming P N."""
-    squares = [_squared_norm(low, subspaces.projectors[path]) for path, low in move.low.items()]
+    squares = [
+        _squared_norm(multiplied(low), subspaces.projectors[path]) for path, low in move.low.items()
+    ]
     squares += [jnp.sum(full * full) for full in move.full.values()]
     return jnp.sqrt(total(squares))
 

@@ -13,7 +13,7 @@ from lorenza_optax._ascent.directions import Directions, Probe
 from lorenza_optax._base.checks import value_at
 from lorenza_optax._base.mesh import mark_varying
 from lorenza_optax._base.paths import leaves_by_path
-from lorenza_optax._factored.landscape import Displacement, Landscape, Subspaces
+from lorenza_optax._factored.landscape import Displacement, Landscape, Rows, Subspaces
 
 __all__ = [
     "AdaptiveAscentState",
@@ -217,7 +217,11 @@ def low_rank_gradient(
     """
     still = zero_moves(near, subspaces)
     # Without a perturbation P N is known to be zero, and only its derivative is evaluated.
-    low = varying({path: move.low.get(path, zeros) for path, zeros in still.items()}, config)
+    # Rows stay as they are, and the derivative is by what is added to them.
+    fixed = {path: low for path, low in move.low.items() if isinstance(low, Rows)}
+    around = {path: zeros if path in fixed else move.low.get(path, zeros)
+              for path, zeros in still.items()}  # fmt: skip
+    low = varying(around, config)
     others = {path: leaf for path, leaf in near.leaves.items() if path not in still}
     zeros = {}
     for path, rows in (columns or {}).items():
@@ -226,11 +230,14 @@ def low_rank_gradient(
     zeros = varying(zeros, config)
 
     def loss(low: Any, others: Any, zeros: Any) -> Any:
+        products = {path: [(subspaces.projectors[path], low[path])] for path in fixed}
+        for path, zero in zeros.items():
+            products.setdefault(path, []).append((zero, (columns or {})[path]))
         return near.at(
-            Displacement(low, move.full),
+            Displacement({**low, **fixed}, move.full),
             {**near.leaves, **others},
             vanishes=not move.low,
-            products={path: (zero, (columns or {})[path]) for path, zero in zeros.items()},
+            products=products,
         )
 
     value, gradient = jax.value_and_grad(loss, (0, 1, 2), has_aux=near.has_aux)(low, others, zeros)

@@ -284,6 +284,8 @@ def _tangent(value: Factored, move: Factored) -> Factored:
             term._replace(left=change.left, vanishes=False),
             term._replace(right=change.right, vanishes=False),
         ]
+        if term.scale is not None:
+            terms.append(term._replace(scale=change.scale, vanishes=False))
     return Factored(value.path, value.labels, move.base, tuple(terms))
 
 

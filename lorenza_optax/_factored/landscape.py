@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from lorenza_optax._factored.weight import materialize
 from lorenza_optax._linalg.decompositions import matmul
 from lorenza_optax._plan.matrix_view import MatrixView
 
-__all__ = ["Displacement", "Landscape", "Subspaces", "landscape"]
+__all__ = ["Displacement", "Landscape", "Rows", "Subspaces", "landscape", "multiplied"]
 
 Arrays = Mapping[str, jax.Array]
 
@@ -37,25 +37,46 @@ class Subspaces(NamedTuple):
     projectors: Arrays
 
 
+class Rows(NamedTuple):
+    """N = diag(u) K, not multiplied out: in a loop over layers that is done layer by layer.
+
+    Attributes:
+      factors: u ([b,] r).
+      rows: K ([b,] r, l), in any dtype.
+    """
+
+    factors: jax.Array
+    rows: jax.Array
+
+
+def multiplied(low: Any) -> jax.Array:
+    """N as an array."""
+    if not isinstance(low, Rows):
+        return low
+    return low.factors[..., None] * low.rows.astype(low.factors.dtype)
+
+
 class Displacement(NamedTuple):
     """A move of the parameters.
 
     Attributes:
-      low: N ([b,] r, l) by path: a projected leaf moves by P N.
+      low: N ([b,] r, l) by path, an array or :class:`Rows`: a projected leaf moves by P N.
       full: Moves of other leaves, in the leaf's shape; or as :class:`Noise`, which is drawn where
         the loss uses the leaf.
     """
 
-    low: Arrays
+    low: Mapping[str, Any]
     full: Mapping[str, Any]
 
     def scaled(self, factor: jax.typing.ArrayLike) -> Displacement:
         def scale(move: Any) -> Any:
             if isinstance(move, Noise):
                 return move.scaled(factor)
+            if isinstance(move, Rows):
+                return move._replace(factors=scale(move.factors))
             return (factor * move).astype(move.dtype)
 
-        return jax.tree.map(scale, self, is_leaf=lambda move: isinstance(move, Noise))
+        return jax.tree.map(scale, self, is_leaf=lambda move: isinstance(move, (Noise, Rows)))
 
 
 class Landscape(NamedTuple):
@@ -65,7 +86,7 @@ class Landscape(NamedTuple):
       at: (displacement, leaves=θ, vanishes=False, products=None) -> what the loss returns there.
         ``leaves`` replaces θ's own (to differentiate by them); with ``vanishes`` the displacement
         is known to be zero, and only its derivative is computed; ``products`` adds further
-        pairs (a ([b,] k, s), b ([b,] s, l)) by path whose product is zero.
+        pairs (a ([b,] k, s), b ([b,] s, l)), several by path, whose product is zero.
       leaves: θ by path, in the dtypes in which it is evaluated.
       seen: Leaves whose sum with a displacement had to be formed, and the primitive that did.
       has_aux: Whether the loss returns auxiliary output too.
@@ -149,7 +170,7 @@ def landscape(
         leaves: Arrays = wide,
         *,
         vanishes: bool = False,
-        products: Mapping[str, tuple[jax.Array, jax.Array]] | None = None,
+        products: Mapping[str, Sequence[Any]] | None = None,
     ) -> Any:
         args = []
         for path in arrays:
@@ -163,9 +184,13 @@ def landscape(
                 leaf = leaf + move.full[path].astype(leaf.dtype)
             terms = []
             if path in move.low:
-                terms.append((*views[path].product(projectors[path], move.low[path]), vanishes))
-            if products is not None and path in products:
-                terms.append((*views[path].product(*products[path]), True))
+                low, factors = move.low[path], None
+                if isinstance(low, Rows):
+                    factors, low = low
+                pair = views[path].product(projectors[path], low)
+                terms.append((*pair, vanishes, factors))
+            for pair in (products or {}).get(path, ()):
+                terms.append((*views[path].product(*pair), True, None))
             weight = weight_at(path, leaf, views.get(path), terms)
             args.append(materialize(weight) if terms and path in rounded else weight)
         return rebuild(evaluate(traced, args, seen))
@@ -193,7 +218,7 @@ def _plain_evaluation(
         leaves: Arrays = arrays,
         *,
         vanishes: bool = False,
-        products: Mapping[str, tuple[jax.Array, jax.Array]] | None = None,
+        products: Mapping[str, Sequence[Any]] | None = None,
     ) -> Any:
         del vanishes
         point = dict(leaves)
@@ -202,9 +227,8 @@ def _plain_evaluation(
                 leaf = leaf + move.full[path].astype(leaf.dtype)
             pairs = []
             if path in move.low:
-                pairs.append((subspaces.projectors[path], move.low[path]))
-            if products is not None and path in products:
-                pairs.append(products[path])
+                pairs.append((subspaces.projectors[path], multiplied(move.low[path])))
+            pairs += (products or {}).get(path, ())
             point[path] = moved(path, leaf, pairs) if pairs else leaf
         return loss(point)
 

@@ -24,7 +24,16 @@ def weight_at(path: str, leaf: jax.Array, view: MatrixView | None, terms: Any) -
     if view is None or not terms:
         return leaf
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    terms = [(left.astype(wide), right.astype(wide), zero) for left, right, zero in terms]
+    turned = view.compressed == "right"
+
+    def cast(part: jax.Array, is_scaled: bool) -> jax.Array:
+        return part if is_scaled else part.astype(wide)  # what is scaled is cast where it is used
+
+    terms = [
+        (cast(left, turned and u is not None), cast(right, not turned and u is not None), zero,
+         None if u is None else u.astype(wide))
+        for left, right, zero, u in terms
+    ]  # fmt: skip
     return factored(path, leaf, view, terms)
 
 
@@ -70,7 +79,9 @@ def formed(traced: Any, leaves: Arrays, views: Mapping[str, MatrixView]) -> Mate
     zeros = {path: (jnp.zeros((*v.batch, v.m, 1)), jnp.zeros((*v.batch, 1, v.n)))
              for path, v in views.items()}  # fmt: skip
     weights = [
-        weight_at(path, leaf, views.get(path), [(*zeros[path], False)] if path in zeros else [])
+        weight_at(
+            path, leaf, views.get(path), [(*zeros[path], False, None)] if path in zeros else []
+        )
         for path, leaf in leaves.items()
     ]
     jax.eval_shape(lambda args: _discard(evaluate(traced, args, found), found), weights)

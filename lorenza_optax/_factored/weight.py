@@ -33,6 +33,9 @@ class Term(NamedTuple):
       left_rank: Which axis of L is the rank, counted from the end. It is moved to the end where L
         is used: a stack of layers, which a scan slices first, is not transposed as a whole.
       right_rank: Likewise of R.
+      scale: Factors u of the columns of one of them, in the axes of what is ordered, or None. It is
+        multiplied where that is used, for the same reason: L diag(u) Rᵀ of a stack takes no copy.
+      scales_left: Whether that is L, and not R.
     """
 
     left: Any
@@ -40,16 +43,24 @@ class Term(NamedTuple):
     vanishes: bool
     left_rank: int = -1
     right_rank: int = -1
+    scale: Any = None
+    scales_left: bool = False
 
     @property
     def ordered_left(self) -> Any:
-        """L with the rank as its last axis."""
-        return jnp.moveaxis(self.left, self.left_rank, -1)
+        """L with the rank as its last axis, and scaled."""
+        left = jnp.moveaxis(self.left, self.left_rank, -1)
+        return _scaled(left, self.scale) if self.scales_left else left
 
     @property
     def ordered_right(self) -> Any:
-        """R with the rank as its last axis."""
-        return jnp.moveaxis(self.right, self.right_rank, -1)
+        """R with the rank as its last axis, and scaled."""
+        right = jnp.moveaxis(self.right, self.right_rank, -1)
+        return right if self.scales_left else _scaled(right, self.scale)
+
+
+def _scaled(part: Any, scale: Any) -> Any:
+    return part if scale is None else part.astype(scale.dtype) * scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,33 +97,47 @@ class Factored:
         """The same sum with other parts, which get the rank as their last axis."""
         terms = []
         for term in self.terms:
+            new = term
             if left is not None:
-                term = term._replace(left=left(term.ordered_left), left_rank=-1)
+                new = new._replace(left=left(term.ordered_left), left_rank=-1)
             if right is not None:
-                term = term._replace(right=right(term.ordered_right), right_rank=-1)
-            terms.append(term)
+                new = new._replace(right=right(term.ordered_right), right_rank=-1)
+            if (left if term.scales_left else right) is not None:
+                new = new._replace(scale=None)
+            terms.append(new)
         labels = self.labels if labels is None else labels
         return Factored(self.path, labels, base, tuple(terms), self.narrow)
 
     def same_axes(
         self, base: Any, left: Callable[[Any], Any], right: Callable[[Any], Any] | None = None
     ) -> Factored:
-        """The same sum with other numbers in it."""
-        right = right or (lambda part: part)
-        terms = tuple(t._replace(left=left(t.left), right=right(t.right)) for t in self.terms)
-        return Factored(self.path, self.labels, base, terms, self.narrow)
+        """The same sum with other numbers in it: all parts changed, or a factor of each term."""
+        terms = []
+        for term in self.terms:
+            if right is not None:
+                scale = None if term.scale is None else right(term.scale)
+                new = term._replace(left=left(term.left), right=right(term.right), scale=scale)
+            elif term.scale is None:
+                new = term._replace(left=left(term.left))
+            else:  # what it scales may be kept in less than 32 bits
+                new = term._replace(scale=left(term.scale))
+            terms.append(new)
+        return Factored(self.path, self.labels, base, tuple(terms), self.narrow)
 
 
 def _flatten(value: Factored) -> tuple[Any, Any]:
-    parts = [term[:2] for term in value.terms]
-    static = tuple(term[2:] for term in value.terms)
+    parts = [(term.left, term.right, term.scale) for term in value.terms]
+    static = tuple((t.vanishes, t.left_rank, t.right_rank, t.scales_left) for t in value.terms)
     return (value.base, parts), (value.path, value.labels, static, value.narrow)
 
 
 def _unflatten(static: Any, children: Any) -> Factored:
     path, labels, of_terms, narrow = static
     base, parts = children
-    terms = tuple(Term(*pair, *rest) for pair, rest in zip(parts, of_terms, strict=True))
+    terms = []
+    for (left, right, scale), (*rest, scales_left) in zip(parts, of_terms, strict=True):
+        terms.append(Term(left, right, *rest, scale, scales_left))
+    terms = tuple(terms)
     return Factored(path, labels, base, terms, narrow)
 
 
@@ -123,9 +148,13 @@ def factored(
     path: str,
     leaf: jax.Array,
     view: MatrixView,
-    terms: Sequence[tuple[jax.Array, jax.Array, bool]],
+    terms: Sequence[tuple[jax.Array, jax.Array, bool, jax.Array | None]],
 ) -> Factored:
-    """A leaf plus Σ L R, with L ([b,] m, k) and R ([b,] k, n) of its matrix view."""
+    """A leaf plus Σ L R, with L ([b,] m, k) and R ([b,] k, n) of its matrix view.
+
+    Each as (L, R, whether the product is known to vanish, u ([b,] k) or None): factors of the rows
+    of N if the product is the view's P N.
+    """
     labels = "".join(
         "r" if axis in view.row_axes else "c" if axis in view.column_axes else "b"
         for axis in range(leaf.ndim)
@@ -147,10 +176,14 @@ def factored(
     # As the arrays lie that they were made of: see MatrixView.product.
     turned = view.compressed == "right"
     parts = []
-    for left, right, vanishes in terms:
+    for left, right, vanishes, scale in terms:
         left, left_rank = in_leaf_order(left.mT if turned else left, view.row_axes, turned)
         right, right_rank = in_leaf_order(right, view.column_axes, True)
-        parts.append(Term(left, right, vanishes, left_rank, right_rank))
+        if scale is not None:
+            axes = sorted([*batch_axes, *(view.row_axes if turned else view.column_axes)])
+            sizes = [leaf.shape[axis] if axis in batch_axes else 1 for axis in axes]
+            scale = scale.reshape([*sizes, scale.shape[-1]])
+        parts.append(Term(left, right, vanishes, left_rank, right_rank, scale, turned))
     return Factored(path, labels, leaf, tuple(parts), jnp.finfo(leaf.dtype).bits < 32)
 
 
