@@ -276,16 +276,13 @@ def _custom_jvp(eqn: Any, inputs: list[Any], seen: Materialized) -> list[Any]:
 
 
 def _tangent(value: Factored, move: Factored) -> Factored:
-    """dW + Σ (dL Rᵀ + L dRᵀ)."""
+    """dW + Σ (dL Rᵀ + L dRᵀ), scaled ones with d of the scale, too."""
     terms = []
     for term, change in zip(value.terms, move.terms, strict=True):
         # Tangents lie as what they are tangents of.
-        terms += [
-            term._replace(left=change.left, vanishes=False),
-            term._replace(right=change.right, vanishes=False),
-        ]
-        if term.scale is not None:
-            terms.append(term._replace(scale=change.scale, vanishes=False))
+        parts = ("left", "right") if term.scale is None else ("left", "right", "scale")
+        for part in parts:
+            terms.append(term._replace(**{part: getattr(change, part)}, vanishes=False))
     return Factored(value.path, value.labels, move.base, tuple(terms))
 
 

@@ -134,10 +134,12 @@ def _flatten(value: Factored) -> tuple[Any, Any]:
 def _unflatten(static: Any, children: Any) -> Factored:
     path, labels, of_terms, narrow = static
     base, parts = children
-    terms = []
-    for (left, right, scale), (*rest, scales_left) in zip(parts, of_terms, strict=True):
-        terms.append(Term(left, right, *rest, scale, scales_left))
-    terms = tuple(terms)
+    terms = tuple(
+        Term(left, right, vanishes, left_rank, right_rank, scale, scales_left)
+        for (left, right, scale), (vanishes, left_rank, right_rank, scales_left) in zip(
+            parts, of_terms, strict=True
+        )
+    )
     return Factored(path, labels, base, terms, narrow)
 
 
