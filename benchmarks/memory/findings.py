@@ -9,7 +9,7 @@ HEADLINE = 0.67  # published: "up to 67 % less memory"
 BASELINES = ("adamw", "sam", "galore_randomized", "lora")
 SUBJECTS = ("lorenza", "lorenza_sketch", "lorenza_int8", "lorenza_least")
 # In the sentences on single shapes.
-FEATURED = ("lorenza", "lorenza_sketch")
+FEATURED = ("lorenza", "lorenza_sketch", "lorenza_int8")
 AGAINST = ("adamw", "galore_randomized", "galore_sketch", "lora")
 BESIDE = ("galore_sketch", "lora")  # what a reader in a hurry should know, too
 MEASURES = {
