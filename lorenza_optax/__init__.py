@@ -3,14 +3,14 @@
 The source, from the bottom up; a folder imports only from those before it:
 
 - ``_base``, ``_linalg``: checks, paths, meshes and noise; decompositions of one matrix.
-- The axes of a low-rank method, of which each is a choice: ``_plan`` (which leaves, viewed how),
-  ``_subspace``, ``_inner`` (the optimizer inside), ``_residual`` (what is outside) and ``_ascent``,
-  which evaluates the loss by ``_factored``, at W + P N without forming it.
+- ``_factored``: a loss at W + P N, without forming that, of the leaves that ``_plan`` chooses.
+- The other axes of a low-rank method, of which each is a choice: ``_subspace``, ``_inner`` (the
+  optimizer inside), ``_residual`` (what is outside) and ``_ascent``.
 - ``_low_rank``: the one transformation that is made of them; ``_weight_norm`` and ``_layerwise``
   are two round it.
 - ``_lorenza.py``, ``_lorenza_plus.py`` and ``methods``: the named methods.
 - ``_perturbation``, ``_training``: ascents round any optimizer; what a training loop needs besides.
-- ``memory.py`` and ``flax.py``: the memory report; helpers for linen and NNX.
+- ``_memory``, ``memory.py``: the memory report. ``flax.py``: helpers for linen and NNX.
 """
 
 from lorenza_optax import methods

@@ -14,31 +14,31 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lorenza_optax"
 
 # Lower folders first, and in each its lower modules: each may import those before it only.
-LAYERS = {
-    "_base": ["checks", "mesh", "noise", "paths", "tables", "calls"],
-    "_linalg": ["stacks", "decompositions", "newton_schulz"],
-    "_plan": ["matrix_view", "selection", "plan"],
-    "_factored": ["weight", "shapes", "rules", "interpreter", "traced", "landscape"],
-    "_subspace": ["subspace", "refresh", "sketch"],
-    "_inner": ["quantized", "inner", "rules", "transport"],
-    "_residual": ["residual", "full_rank", "eigenbasis", "proj_factor"],
-    "_ascent": ["directions", "probes", "ascent", "gradient", "surroundings"],
-    "_low_rank": [
+LAYERS = [
+    ("_base", ["checks", "mesh", "noise", "paths", "tables", "calls"]),
+    ("_linalg", ["stacks", "decompositions", "newton_schulz"]),
+    ("_plan", ["matrix_view", "selection", "plan"]),
+    ("_factored", ["weight", "shapes", "rules", "interpreter", "traced", "landscape"]),
+    ("_subspace", ["subspace", "refresh", "sketch"]),
+    ("_inner", ["quantized", "inner", "rules", "transport"]),
+    ("_residual", ["residual", "full_rank", "eigenbasis", "proj_factor"]),
+    ("_ascent", ["directions", "probes", "ascent", "gradient", "surroundings"]),
+    ("_low_rank", [
         *("config", "state", "fit", "renewal", "inner_step", "random_subspace"),
         *("partial_refresh", "step", "in_update", "update", "zeroth_order", "low_rank"),
         *("arguments", "compose"),
-    ],
-    "_weight_norm": ["weight_norm", "weight_normalized"],
-    "_layerwise": ["layers", "layer_stacks", "layerwise"],
-    "": ["_lorenza", "_lorenza_plus"],
-    "_perturbation": ["zo_sam", "find", "perturbed", "momentum_sam"],
-    "_training": [
+    ]),
+    ("_weight_norm", ["weight_norm", "weight_normalized"]),
+    ("_layerwise", ["layers", "layer_stacks", "layerwise"]),
+    ("", ["_lorenza", "_lorenza_plus"]),
+    ("_perturbation", ["zo_sam", "find", "perturbed", "momentum_sam"]),
+    ("_training", [
         "refresh_apart", "subspace_gradients", "diagnostics", "shardings", "check_state",
-    ],
-    "_memory": ["model_shapes", "memory_of", "report"],
-    " ": ["memory", "__init__", "_flax_layers", "flax"],
-}  # fmt: skip
-MODULES = [f"{folder}.{name}".strip(" .") for folder, names in LAYERS.items() for name in names]
+    ]),
+    ("_memory", ["model_shapes", "memory_of", "report"]),
+    ("", ["memory", "__init__", "_flax_layers", "flax"]),
+]  # fmt: skip
+MODULES = [f"{folder}.{name}".strip(".") for folder, names in LAYERS for name in names]
 
 
 # Files of methods/ that build on others of methods/.
@@ -65,7 +65,7 @@ def _own_imports(path):
 
 def test_imports_point_down():
     files = {_name(path): path for path in PACKAGE.rglob("*.py") if path.parent.name != "methods"}
-    folders = {f"{folder}.__init__" for folder in LAYERS if folder.strip()}
+    folders = {f"{folder}.__init__" for folder, _ in LAYERS if folder}
     assert set(files) - folders == set(MODULES)
     for name, path in files.items():
         own = _own_imports(path)

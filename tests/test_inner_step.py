@@ -19,7 +19,7 @@ NUMBERS = {"stack": STACKED, "flat": lorenza_optax.WeightDimensionNumbers(0, 1)}
 # The last part of "embedding" and of "table" is shorter than the others, that of "rows" is not.
 SHAPES = {
     "stack": (3, 16, 600), "flat": (40, 600), "embedding": (50, 128), "rows": (48, 128),
-    "table": (5, 4, 300), "bias": (64,),
+    "table": (5, 4, 300), "bias": (64,), "empty": (3, 0),
 }  # fmt: skip
 
 
@@ -30,11 +30,20 @@ def take_parts(monkeypatch):
     monkeypatch.setattr(inner_step, "PART", 4 * 600)
 
 
-def run(tx, steps=6, unusable=4):
+def run(tx, steps=6, unusable=4, takes_gradients=True):
     """Updates on random gradients, of which one is not finite, and the states after each."""
     params = problems.params(shapes=SHAPES)
     state, rng, seen = tx.init(params), np.random.default_rng(0), []
-    update = jax.jit(tx.update)
+
+    def loss(params, gradients):
+        return sum(jnp.sum(gradients[name] * leaf) for name, leaf in params.items())
+
+    @jax.jit
+    def update(gradients, state, params):
+        if not takes_gradients:
+            return tx.update(None, state, params, value_fn=loss, gradients=gradients)
+        return tx.update(gradients, state, params)
+
     for step in range(steps):
         gradients = {
             name: jnp.asarray(rng.standard_normal(shape), jnp.float32)
@@ -63,22 +72,27 @@ FACTORIES = {
         **LORENZA, moment_dtype="int8", moment_transport="reset"
     ),
     "rotate, float32": lambda: lorenza_optax.scale_by_lorenza(**LORENZA, moment_transport="rotate"),
+    "sketch": lambda: lorenza_optax.scale_by_lorenza(
+        **LORENZA, moment_dtype="int8", refresh="sketch"
+    ),
     "fira": lambda: methods.scale_by_fira(**LORENZA, moment_dtype="int8"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:value_fn uses some projected leaves")
 @pytest.mark.parametrize(
-    "name", ["keep", "rotate", "rotate, float32", *map(problems.slow, ("reset", "fira"))]
+    "name", ["keep", "rotate", "rotate, float32", "sketch", *map(problems.slow, ("reset", "fira"))]
 )
 def test_parts_give_what_all_at_once_gives(name, monkeypatch):
     to_nearest(monkeypatch)
-    together = run(FACTORIES[name]())
+    how = {"takes_gradients": name != "sketch"}
+    together = run(FACTORIES[name](), **how)
     take_parts(monkeypatch)
     taken = []
     original = inner_step._in_parts
     spy = lambda step, path, *rest: taken.append(path) or original(step, path, *rest)  # noqa: E731
     monkeypatch.setattr(inner_step, "_in_parts", spy)
-    in_parts = run(FACTORIES[name]())
+    in_parts = run(FACTORIES[name](), **how)
     eight_bits = {"embedding", "rows", "table"} if "float32" not in name else set()
     assert set(taken) == {"stack"} | eight_bits
     for (updates, state), (others, other) in zip(in_parts, together, strict=True):
@@ -87,13 +101,14 @@ def test_parts_give_what_all_at_once_gives(name, monkeypatch):
         # A code that rounding puts on the other side of a half changes a step by a few percent.
         for path, update in updates.items():
             difference = np.abs(np.asarray(update) - np.asarray(others[path]))
-            assert np.mean(difference > 1e-3) < 0.02, path
+            assert np.sum(difference > 1e-3) <= 0.02 * difference.size, path
             np.testing.assert_allclose(update, others[path], atol=0.15)
 
 
 def test_an_update_that_is_skipped_leaves_every_code(monkeypatch):
     take_parts(monkeypatch)
-    (_, before), (updates, after) = run(FACTORIES["rotate"](), steps=4, unusable=3)[2:]
+    # At a step that would have refreshed.
+    (_, before), (updates, after) = run(FACTORIES["rotate"](), steps=5, unusable=4)[3:]
     assert int(after.skipped) == 1
     chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, updates))
     chex.assert_trees_all_equal(after.projected, before.projected)

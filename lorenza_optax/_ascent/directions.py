@@ -82,6 +82,7 @@ def in_subspace(subspaces: Subspaces, partners: Mapping[str, jax.Array]) -> Dire
         low = {}
         for path, k in partners.items():
             low[path] = Rows(probe.weights[path], k)
+            # With fewer rows (`probe_rank`) they are multiplied out, and filled up with zeros.
             if missing := subspaces.projectors[path].shape[-1] - k.shape[-2]:
                 rows = multiplied(low[path])
                 low[path] = jnp.pad(rows, [*[(0, 0)] * (rows.ndim - 2), (0, missing), (0, 0)])

@@ -38,7 +38,7 @@ class Subspaces(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """N = diag(u) K, not multiplied out: in a loop over layers that is done layer by layer.
+    """N = diag(u) K, not multiplied out: in a scan over layers that is done layer by layer.
 
     Attributes:
       factors: u ([b,] r).
@@ -228,7 +228,11 @@ def _plain_evaluation(
             pairs = []
             if path in move.low:
                 pairs.append((subspaces.projectors[path], multiplied(move.low[path])))
-            pairs += (products or {}).get(path, ())
+            for a, b in (products or {}).get(path, ()):
+                if pairs and a is pairs[0][0]:  # one product of the leaf's size is enough
+                    pairs[0] = (a, pairs[0][1] + b)
+                else:
+                    pairs.append((a, b))
             point[path] = moved(path, leaf, pairs) if pairs else leaf
         return loss(point)
 

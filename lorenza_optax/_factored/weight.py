@@ -201,7 +201,7 @@ def materialize(value: Factored) -> jax.Array:
 
     total = value.base
     for term in value.terms:
-        wide = jnp.promote_types(total.dtype, term.left.dtype)
+        wide = jnp.result_type(total, term.left, term.right)  # what is scaled may be narrow
         total = add_product(total.astype(wide), product, None, term)
     return total.astype(value.base.dtype)
 

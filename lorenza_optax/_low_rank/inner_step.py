@@ -140,7 +140,7 @@ def _parts(
     in_turn = {paths[0] for paths, _, in_turn in step.stacks if in_turn}
     found = {}
     for path, g in gradients.items():
-        layer = math.prod(g.shape[1:])
+        layer = max(1, math.prod(g.shape[1:]))  # 0 of a leaf without entries
         if path in plan.projected:
             large = plan.leaves[path].matrix.batch and layer >= LARGE_LAYER
             size = 1 if (turns and path in in_turn) or (in_8_bits and large) else 0
