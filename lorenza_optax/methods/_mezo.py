@@ -105,7 +105,7 @@ def _build(
 ) -> optax.GradientTransformationExtraArgs:
     check_choice("variant", variant, VARIANTS)
     if variant == "conservative":
-        raise ValueError("variant='conservative' needs the learning rate: use mezo for it.")
+        raise ValueError("variant='conservative' needs the rate: use mezo(learning_rate, ...).")
     if axes["factored_updates"] and variant != "sgd":
         raise ValueError(f"factored_updates=True is for variant='sgd' only, got {variant!r}.")
     inner = {
