@@ -81,7 +81,8 @@ FACTORIES = {
 
 @pytest.mark.filterwarnings("ignore:value_fn uses some projected leaves")
 @pytest.mark.parametrize(
-    "name", ["keep", "rotate", "rotate, float32", "sketch", *map(problems.slow, ("reset", "fira"))]
+    "name",
+    ["rotate, float32", "sketch", *map(problems.slow, ("keep", "rotate", "reset", "fira"))],
 )
 def test_parts_give_what_all_at_once_gives(name, monkeypatch):
     to_nearest(monkeypatch)
