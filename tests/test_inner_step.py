@@ -102,7 +102,8 @@ def test_parts_give_what_all_at_once_gives(name, monkeypatch):
         # A code that rounding puts on the other side of a half changes a step by a few percent.
         for path, update in updates.items():
             difference = np.abs(np.asarray(update) - np.asarray(others[path]))
-            assert np.sum(difference > 1e-3) <= 0.02 * difference.size, path
+            rounded = 0.02 * difference.size if eight_bits else 0
+            assert np.sum(difference > 1e-3) <= rounded, path
             np.testing.assert_allclose(update, others[path], atol=0.15)
 
 
