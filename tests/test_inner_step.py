@@ -1,4 +1,7 @@
-"""The inner optimizer, part by part: the same numbers as at once, and no array of a leaf's size."""
+"""The inner optimizer, part by part: the same numbers as at once, and no array of a leaf's size.
+
+Here in 8 bits; test_stacks.py compares parts in float64, to round-off.
+"""
 
 import chex
 import jax
@@ -71,7 +74,6 @@ FACTORIES = {
     "reset": lambda: lorenza_optax.scale_by_lorenza(
         **LORENZA, moment_dtype="int8", moment_transport="reset"
     ),
-    "rotate, float32": lambda: lorenza_optax.scale_by_lorenza(**LORENZA, moment_transport="rotate"),
     "sketch": lambda: lorenza_optax.scale_by_lorenza(
         **LORENZA, moment_dtype="int8", refresh="sketch"
     ),
@@ -82,7 +84,7 @@ FACTORIES = {
 @pytest.mark.filterwarnings("ignore:value_fn uses some projected leaves")
 @pytest.mark.parametrize(
     "name",
-    ["rotate, float32", "sketch", *map(problems.slow, ("keep", "rotate", "reset", "fira"))],
+    ["sketch", *map(problems.slow, ("keep", "rotate", "reset", "fira"))],
 )
 def test_parts_give_what_all_at_once_gives(name, monkeypatch):
     to_nearest(monkeypatch)
@@ -94,16 +96,14 @@ def test_parts_give_what_all_at_once_gives(name, monkeypatch):
     spy = lambda step, path, *rest: taken.append(path) or original(step, path, *rest)  # noqa: E731
     monkeypatch.setattr(inner_step, "_in_parts", spy)
     in_parts = run(FACTORIES[name](), **how)
-    eight_bits = {"embedding", "rows", "table"} if "float32" not in name else set()
-    assert set(taken) == {"stack"} | eight_bits
+    assert set(taken) == {"stack", "embedding", "rows", "table"}
     for (updates, state), (others, other) in zip(in_parts, together, strict=True):
         chex.assert_trees_all_equal_shapes_and_dtypes(state, other)
         assert int(state.projected.count) == int(other.projected.count)
         # A code that rounding puts on the other side of a half changes a step by a few percent.
         for path, update in updates.items():
             difference = np.abs(np.asarray(update) - np.asarray(others[path]))
-            rounded = 0.02 * difference.size if eight_bits else 0
-            assert np.sum(difference > 1e-3) <= rounded, path
+            assert np.sum(difference > 1e-3) <= 0.02 * difference.size, path
             np.testing.assert_allclose(update, others[path], atol=0.15)
 
 
