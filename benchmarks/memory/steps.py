@@ -178,10 +178,13 @@ def ran(cell, program, compiled):
         opt_state = jax.jit(program.tx.init)(trained)
         found = {"state": _allocated(opt_state), "weights": _allocated((trained, frozen))}
         jax.block_until_ready((trained, frozen, opt_state))
-        before = device.memory_stats()
+        before, seconds = device.memory_stats(), []
         for _ in range(cell["steps"]):
+            started = time.perf_counter()
             trained, opt_state, value = compiled(trained, opt_state, frozen, tokens)
-        found["loss"] = float(value)
+            jax.block_until_ready((trained, opt_state, value))
+            seconds.append(round(time.perf_counter() - started, 5))
+        found |= {"loss": float(value), "seconds": seconds}
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
