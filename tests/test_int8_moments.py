@@ -26,7 +26,13 @@ from jax.sharding import PartitionSpec as P
 
 import lorenza_optax
 from lorenza_optax._inner.inner import first_moment, load_moments, store_moments
-from lorenza_optax._inner.quantized import BLOCK, dequantized, is_quantized, quantized
+from lorenza_optax._inner.quantized import (
+    BLOCK,
+    dequantized,
+    is_quantized,
+    quantized,
+    quantized_zeros,
+)
 from lorenza_optax.memory import step_memory
 from tests import problems
 
@@ -114,6 +120,10 @@ def test_what_was_rounded_once_is_not_changed_by_rounding_to_nearest(signed):
 def test_zeros_and_what_is_not_finite():
     zeros = quantized(jnp.zeros((2, 600)), True, jax.random.key(0))
     assert not np.any(dequantized(zeros))
+    chex.assert_trees_all_equal(quantized_zeros(jnp.ones((2, 600)), True), zeros)
+    chex.assert_trees_all_equal_dtypes(
+        quantized_zeros(jnp.ones((2, 600)), False), quantized(jnp.zeros((2, 600)), False, None)
+    )
     for bad in (np.nan, np.inf, -np.inf):
         x = np.ones((2, 600), np.float32)
         x[0, 300] = bad

@@ -9,7 +9,7 @@ import lorenza_optax
 from lorenza_optax import methods
 from lorenza_optax._inner import quantized
 from lorenza_optax._linalg.stacks import overwritten
-from lorenza_optax._low_rank import renewal
+from lorenza_optax._low_rank import renewal, step
 from lorenza_optax._plan import plan
 from lorenza_optax._subspace import subspace
 from tests import problems
@@ -30,6 +30,7 @@ NUMBERS = {
 ARGUMENTS = {"rank": 3, "update_proj_gap": 2, "weight_dimension_numbers": NUMBERS}
 FACTORIES = {
     "gradient": lambda: lorenza_optax.scale_by_lorenza(**ARGUMENTS),
+    "galore": lambda: methods.scale_by_galore(**ARGUMENTS),
     "sketch": lambda: lorenza_optax.scale_by_lorenza(**ARGUMENTS, refresh="sketch"),
     "rotate": lambda: lorenza_optax.scale_by_lorenza(**ARGUMENTS, moment_transport="rotate"),
     "reset": lambda: lorenza_optax.scale_by_lorenza(**ARGUMENTS, moment_transport="reset"),
@@ -58,12 +59,12 @@ def trained(factory, steps=5):
     state = tx.init(params)
 
     @jax.jit
-    def step(params, state):
+    def one_step(params, state):
         updates, state = tx.update(None, state, params, value_fn=loss)
         return jax.tree.map(lambda p, u: p - 0.05 * u, params, updates), state
 
     for _ in range(steps):
-        params, state = step(params, state)
+        params, state = one_step(params, state)
     return params, state
 
 
@@ -81,6 +82,35 @@ def test_one_by_one_is_all_at_once(name, monkeypatch):
     assert int(in_turn[1].last_refresh) == int(together[1].last_refresh) == 4
     for one, other in zip(jax.tree.leaves(in_turn), jax.tree.leaves(together), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["galore", problems.slow("svd"), problems.slow("power_iteration")])
+def test_bfloat16_gradients_are_widened_one_by_one(name, monkeypatch):
+    """With the numbers of a float32 copy of all."""
+    rng = np.random.default_rng(2)
+    params = problems.params(shapes=SHAPES, dtype=jnp.bfloat16)
+    gradients = [
+        jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+        for _ in range(4)
+    ]
+
+    def states():
+        tx = FACTORIES[name]()
+        state = tx.init(params)
+        for gradient in gradients:
+            _, state = jax.jit(tx.update)(gradient, state, params)
+        return state
+
+    together = states()
+    take_turns(monkeypatch)
+    taken, original = [], step._project_in_turn
+    spy = lambda leaf, *arrays: taken.append(leaf) or original(leaf, *arrays)  # noqa: E731
+    monkeypatch.setattr(step, "_project_in_turn", spy)
+    in_turn = states()
+    assert len(taken) >= 2  # both stacks
+    for one, other in zip(jax.tree.leaves(in_turn), jax.tree.leaves(together), strict=True):
+        one, other = (np.asarray(x, np.float64) for x in (one, other))
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("large", [1, 2**20])

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lorenza_optax._inner.quantized import dequantized, is_quantized, quantized, worth_quantizing
+from lorenza_optax._inner.quantized import (
+    dequantized,
+    is_quantized,
+    quantized,
+    quantized_zeros,
+    worth_quantizing,
+)
 
 __all__ = [
     "FIRST_MOMENTS",
@@ -157,12 +164,17 @@ def check_stored(state: Any, dtype: jnp.dtype | None) -> None:
 
 
 def store_moments(
-    state: Any, dtype: jnp.dtype | None, key: jax.Array | None, kept: Any = None
+    state: Any,
+    dtype: jnp.dtype | None,
+    key: jax.Array | None,
+    kept: Any = None,
+    are_zero: bool = False,
 ) -> Any:
     """The state as it is kept: floating arrays in ``dtype``, None for as they are.
 
     In int8 each moment that is large enough, or that is so in ``kept``, of which this may be a
-    part, is a dict of codes and scales; see ``quantized.py``.
+    part, is a dict of codes and scales; see ``quantized.py``. Of moments that are known to be zero
+    (``are_zero``), as an Adam's are at first, nothing is computed.
 
     Rounding to bfloat16 and int8 is stochastic where there is a key. With b2 = 0.999 a second
     moment grows by at most a thousandth of itself an update, less than half a step of either, so
@@ -181,7 +193,8 @@ def store_moments(
             signed = _sign_if_quantized(path, leaf)
             if kept is not None:
                 signed = _SIGNS[_field(path) or ""] if is_quantized(old) else None
-            stored.append(leaf if signed is None else quantized(leaf, signed, own_key))
+            encode = quantized_zeros if are_zero else functools.partial(quantized, key=own_key)
+            stored.append(leaf if signed is None else encode(leaf, signed))
         elif dtype == jnp.bfloat16 and own_key is not None:
             stored.append(_round_stochastically(leaf, own_key))
         else:

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 
 from lorenza_optax._base.mesh import in_auto_mode
 
-__all__ = ["BLOCK", "dequantized", "is_quantized", "quantized", "worth_quantizing"]
+__all__ = [
+    "BLOCK",
+    "dequantized",
+    "is_quantized",
+    "quantized",
+    "quantized_zeros",
+    "worth_quantizing",
+]
 
 # Entries along the last axis that share one scale. The axis is not flattened with the others, so
 # that codes have the array's shape, and on a mesh its sharding.
@@ -85,13 +92,30 @@ def quantized(x: jax.Array, signed: bool, key: jax.Array | None) -> dict[str, ja
     return in_auto_mode(encode, x, *keys, like=lambda: _like(x))
 
 
+def quantized_zeros(x: jax.Array, signed: bool) -> dict[str, jax.Array]:
+    """:func:`quantized` of zeros in the shape of ``x``.
+
+    Not computed: XLA would fold the constants, which takes a GPU's compiler minutes for 7B.
+    """
+
+    def zeros(x: jax.Array) -> dict[str, jax.Array]:
+        codes = jnp.zeros(x.shape, jnp.int8 if signed else jnp.uint8)
+        return {"codes": codes, "scales": jnp.zeros(_scales_shape(x), jnp.float32)}
+
+    return in_auto_mode(zeros, x, like=lambda: _like(x))
+
+
+def _scales_shape(x: jax.Array) -> tuple[int, ...]:
+    return (*x.shape[:-1], -(-x.shape[-1] // BLOCK))
+
+
 def _like(x: jax.Array) -> dict[str, Any]:
     """Arrays with the shardings of codes and scales: the array's, but for the last axis."""
     sharding = jax.typeof(x).sharding
     spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
     rows = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec[:-1], None))
-    scales = (*x.shape[:-1], -(-x.shape[-1] // BLOCK))
-    return {"codes": x, "scales": jax.ShapeDtypeStruct(scales, jnp.float32, sharding=rows)}
+    scales = jax.ShapeDtypeStruct(_scales_shape(x), jnp.float32, sharding=rows)
+    return {"codes": x, "scales": scales}
 
 
 def dequantized(node: dict[str, jax.Array]) -> jax.Array:

@@ -172,6 +172,7 @@ def from_gradient(
     def iterated(leaf: LeafPlan, known: list[Any], old: Stacks) -> Factors:
         view = leaf.matrix
         g = view.orient(stacked(known[0], [g.shape[:-2] for g in known[0]]))
+        g = g.astype(leaf.compute_dtype)
         p = view.projector(old.get("q"), old.get("r")).astype(g.dtype)
         first = state.last_refresh < 0
         p, s = power_iteration(g, p, old["values"], first, config.power_decay)

@@ -19,6 +19,7 @@ from lorenza_optax._ascent.gradient import (
 from lorenza_optax._base.mesh import mesh_axes, placed
 from lorenza_optax._base.paths import leaves_by_path
 from lorenza_optax._inner.inner import check_inner, store_moments
+from lorenza_optax._inner.rules import is_elementwise
 from lorenza_optax._inner.transport import check_rotatable
 from lorenza_optax._low_rank.config import LowRankConfig
 from lorenza_optax._plan.plan import ProjectionPlan
@@ -113,6 +114,12 @@ def low_rank_like(leaves: Arrays, plan: ProjectionPlan, low: Arrays) -> Arrays:
     return found
 
 
+def _stored(config: LowRankConfig, inner: Any, initial: Any) -> Any:
+    """An optimizer's first state, as it is kept."""
+    dtype = config.stored_moment_dtype()
+    return store_moments(initial, dtype, None, are_zero=is_elementwise(inner))
+
+
 def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankState:
     """The state that ``init`` returns; ``stage`` is the gradient_transform, if any."""
     if is_placeholder(params):
@@ -130,7 +137,6 @@ def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankStat
         check_rotatable(config.inner, projected, jax.tree.map(jnp.shape, low))
     q, r, values = _sharded_like(leaves, plan, *initial_subspaces(config, plan))
     kind = _ascent_kind(config)
-    dtype = config.stored_moment_dtype()
     return LowRankState(
         count=jnp.zeros((), jnp.int32),
         last_refresh=jnp.full((), -1, jnp.int32),
@@ -138,8 +144,8 @@ def initial_state(config: LowRankConfig, stage: Any, params: Any) -> LowRankStat
         q=q,
         r=r,
         singular_values=values,
-        projected=store_moments(projected, dtype, None),
-        others=store_moments(config.others_inner.init(others), dtype, None),
+        projected=_stored(config, config.inner, projected),
+        others=_stored(config, config.others_inner, config.others_inner.init(others)),
         residual=zeros_of(config.residual.memory(plan), plan, leaves),
         displacement=zeros_of(of_displacement(config, plan), plan, leaves),
         gradient_transform=() if stage is None else stage.init(params),
