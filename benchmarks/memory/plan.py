@@ -1,5 +1,6 @@
 """The cells of memory: shapes, ranks and methods, batches and dtypes."""
 
+from benchmarks.memory.deviceless import H100
 from benchmarks.memory.methods import METHODS
 
 # (preset, ranks), the GaLore paper's rank first; what matters most is first, too.
@@ -18,6 +19,9 @@ BETWEEN = ("350M", "130M")
 CORE = ("adamw", "adafactor", "lora", "galore_randomized", "lorenza", "lorenza_sketch",
         "lorenza_least")  # fmt: skip
 ROBERTA_RANKS = (4, 8)
+# Compiled for a GPU, too. SVDs of whole matrices are left out: of such a size none would wait.
+PLANNED = ("adamw", "adamw_int8", "adafactor", "lora", "galore_randomized", "galore_sketch",
+           "lorenza", "lorenza_sketch", "lorenza_int8", "lorenza_least")  # fmt: skip
 
 
 def cells(size):
@@ -40,6 +44,18 @@ def cells(size):
     if size == "cpu":
         made += [_cell(size, "7B", name, 128, dtype="bfloat16") for name in OTHER_DTYPE]
         made += [_counted(size, rank) for rank in ROBERTA_RANKS]
+        made += _for_a_gpu(*SHAPES[0])
+    return made
+
+
+def _for_a_gpu(preset, ranks):
+    """The largest, compiled on a CPU for a GPU, in its usual dtype."""
+    made = []
+    for rank in ranks:
+        for name, method in METHODS.items():
+            if name in PLANNED and (method.has_rank or rank == ranks[0]):
+                cell = _cell("gpu", preset, name, rank, dtype="bfloat16")
+                made.append({**cell, "target": H100, "group": "target"})
     return made
 
 

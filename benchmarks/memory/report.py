@@ -29,8 +29,9 @@ def report(size, cells, records, folder):
     finished = [
         {**cell, **records[cell["id"]]["result"]} for cell in cells if cell["id"] in records
     ]
-    steps = [run for run in finished if run["kind"] == "step"]
-    if not steps:
+    steps = [run for run in finished if run["kind"] == "step" and not run.get("target")]
+    planned = by_shape(cells, [run for run in finished if run.get("target")])
+    if not steps and not planned:
         return experiments.Section([], ["No step is compiled yet."])
     main = {"dtype": cells[0]["dtype"], "batch": cells[0]["batch"], "scanned": True}
     usual = [run for run in steps if all(run[key] == value for key, value in main.items())]
@@ -41,6 +42,7 @@ def report(size, cells, records, folder):
         _plot(shapes, path)
         text = "Memory of a training step by method and shape"
         body += ["", f"![{text}](results/{folder.name}/{path.name})"]
+    body += _for_a_gpu(planned)
     body += ["", *_savings_table(shapes)]
     for (preset, rank), runs in shapes.items():
         body += ["", f"### {preset}, rank {rank} ({size} size)", "", *_table_of(runs)]
@@ -48,7 +50,7 @@ def report(size, cells, records, folder):
     roberta = [run for run in finished if run["kind"] == "count"]
     body += _roberta(roberta)
     body += _really_run(usual)
-    return experiments.Section(findings(size, shapes, roberta), body)
+    return experiments.Section(findings(size, shapes, roberta, planned), body)
 
 
 def by_shape(cells, runs):
@@ -147,6 +149,23 @@ def _savings_table(shapes):
             ["shape", "rank", "", *(f"of {METHODS[b].name}'s" for b in BASELINES)], rows
         ),
     ]
+
+
+def _for_a_gpu(shapes):
+    lines = []
+    for (preset, rank), runs in shapes.items():
+        if not lines:
+            target, [batch, length] = next((r["target"], r["batch"]) for r in runs.values())
+            lines += [
+                "",
+                f"The same on a GPU, whose usual dtype is bfloat16: compiled for an {target} on a "
+                f"machine without one (`benchmarks/memory/deviceless.py`), {batch} x {length} "
+                "tokens. There XLA fuses most conversions to float32 into what reads them, so the "
+                "order is that of the counts.",
+            ]
+        lines += ["", f"### {preset}, rank {rank}, bfloat16, for an {target}", ""]
+        lines += _table_of(runs)
+    return lines
 
 
 def _others(steps, main):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 import llama
 from benchmarks import programs
-from benchmarks.memory import model
+from benchmarks.memory import deviceless, model
 from benchmarks.memory.methods import METHODS
 from lorenza_optax import memory
 
@@ -48,6 +48,8 @@ def run(cell, display, needed):
     del display, needed
     if cell["kind"] == "count":
         return counted_roberta(cell["rank"])
+    if cell.get("target"):
+        return deviceless.in_child(cell)
     if not cell["steps"]:
         return measured(cell)
     # In a process of its own, whose peak is that of this cell.
@@ -96,8 +98,11 @@ def measured(cell):
     program = program_of(cell)
     found = counted(cell, program)
     started = time.perf_counter()
-    lowered = jax.jit(program.step, donate_argnums=(0, 1)).lower(*program[2:])
-    compiled = lowered.compile(FAST if jax.default_backend() == "cpu" else None)
+    arguments, options = program[2:], FAST if jax.default_backend() == "cpu" else None
+    if cell.get("target"):
+        arguments, options = _placed(arguments, deviceless.sharding()), None
+    lowered = jax.jit(program.step, donate_argnums=(0, 1)).lower(*arguments)
+    compiled = lowered.compile(options)
     found["compile_seconds"] = round(time.perf_counter() - started, 1)
     analysis = compiled.memory_analysis()
     kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
@@ -114,6 +119,12 @@ def measured(cell):
     gigabytes = found["peak"] / 1e9
     found["summary"] = f"state {found['state'] / 1e9:.3g} GB, peak of the step {gigabytes:.3g} GB"
     return found
+
+
+def _placed(shapes, sharding):
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+    )
 
 
 def counted(cell, program):
