@@ -11,7 +11,7 @@ from benchmarks import (  # noqa: E402
     experiments,
     memory,
 )
-from benchmarks.memory import findings, methods, model, plan, steps  # noqa: E402
+from benchmarks.memory import deviceless, findings, methods, model, plan, steps  # noqa: E402
 from lorenza_optax.memory import memory_report  # noqa: E402
 
 llama = steps.llama
@@ -182,6 +182,33 @@ def test_report_of_some_cells_and_of_none(runs, tmp_path):
         "LoRA's.",
     ]
     assert memory.report("cpu", runs, {}, tmp_path).findings == []
+
+
+def test_report_of_steps_compiled_for_a_gpu(runs, tmp_path):
+    """They stand apart from those that a CPU compiled for itself."""
+    gpu = {"target": deviceless.H100, "dtype": "bfloat16"}
+    planned = [
+        _run("adamw", 50, 50, 100, 200, **gpu) | {"id": "gpu-adamw"},
+        _run("lorenza", 50, 50, 10, 130, 8, **gpu) | {"id": "gpu-lorenza"},
+    ]
+    both = runs + planned
+    found = memory.report("cpu", both, {run["id"]: {"result": run} for run in both}, tmp_path)
+    assert "In bfloat16, compiled for an H100: at rank 8, with LORENZA 35 %." in found.findings[0]
+    assert "rank 8 / 99, with LORENZA 50 / -20 %" in found.findings[0]
+    text = "\n".join(found.body)
+    table = text.partition("### 7B, rank 8, bfloat16, for an NVIDIA H100")[2].partition("###")[0]
+    assert table.count("\n| ") == 4
+    assert "0.65 |" in table
+
+
+def test_compiling_for_a_gpu_says_what_it_takes(monkeypatch):
+    cells = [cell for cell in memory.cells("cpu") if "target" in cell]
+    assert {cell["rank"] for cell in cells} == {None, 1024, 128, 8}
+    assert all(cell["target"] == deviceless.H100 and not cell["steps"] for cell in cells)
+    assert not any("target" in cell for cell in memory.cells("full"))
+    monkeypatch.setattr(deviceless, "_has", lambda name: False)
+    with pytest.raises(RuntimeError, match=r"pip install -e '\.\[bench,deviceless\]'"):
+        steps.run(cells[0], None, {})
 
 
 def test_cells_and_the_count_of_roberta(tmp_path):

@@ -3,7 +3,6 @@
 Not in the default suite: `JAX_PLATFORMS=cuda,cpu pytest -m gpu`, both platforms in one process.
 """
 
-import contextlib
 import functools
 import inspect
 import warnings
@@ -60,8 +59,8 @@ CASES = {
         for name, more in OTHERS.items()
     },
 }
-# Quantization rounds apart what differs in the last digit.
-LOOSE = {"int8": 0.1}
+# Quantization rounds apart what differs in the last digit, and Newton-Schulz enlarges it.
+LOOSE = {"int8": 0.1, "zo_muon": 0.05}
 STEPS = 5
 
 
@@ -103,12 +102,10 @@ def test_updates_as_on_a_cpu(case):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Some donated buffers were not usable")
         found, _ = _trained(case, _accelerator())
-    with contextlib.suppress(RuntimeError):
-        cpu = jax.devices("cpu")[0]
-        expected, _ = _trained(case, cpu)
-        for name, want in expected.items():
-            error = np.linalg.norm(found[name] - want) / np.linalg.norm(want)
-            assert error < LOOSE.get(case, 1e-2), f"{name}: {error:.2g} of the change of the CPU"
+    expected, _ = _trained(case, jax.devices("cpu")[0])
+    for name, want in expected.items():
+        error = np.linalg.norm(found[name] - want) / np.linalg.norm(want)
+        assert error < LOOSE.get(case, 1e-2), f"{name}: {error:.2g} of the CPU's change"
 
 
 @pytest.mark.gpu
@@ -123,7 +120,7 @@ def test_bases_are_orthonormal_where_products_are_rounded(case):
     for q in bases:
         q = np.asarray(q, np.float64)
         gram = q.mT @ q if q.shape[-2] >= q.shape[-1] else q @ q.mT
-        np.testing.assert_allclose(gram, np.broadcast_to(np.eye(3), gram.shape), atol=2e-6)
+        np.testing.assert_allclose(gram, np.broadcast_to(np.eye(3), gram.shape), atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -24,7 +24,7 @@ LAYERS = [
     ("_residual", ["residual", "full_rank", "eigenbasis", "proj_factor"]),
     ("_ascent", ["directions", "probes", "ascent", "gradient", "surroundings"]),
     ("_low_rank", [
-        *("config", "state", "fit", "renewal", "inner_step", "random_subspace"),
+        *("config", "state", "fit", "renewal", "widening", "inner_step", "random_subspace"),
         *("partial_refresh", "step", "in_update", "update", "zeroth_order", "low_rank"),
         *("arguments", "compose"),
     ]),

@@ -103,9 +103,9 @@ def test_bfloat16_gradients_are_widened_one_by_one(name, monkeypatch):
 
     together = states()
     take_turns(monkeypatch)
-    taken, original = [], step._project_in_turn
+    taken, original = [], step.project_in_turn
     spy = lambda leaf, *arrays: taken.append(leaf) or original(leaf, *arrays)  # noqa: E731
-    monkeypatch.setattr(step, "_project_in_turn", spy)
+    monkeypatch.setattr(step, "project_in_turn", spy)
     in_turn = states()
     assert len(taken) >= 2  # both stacks
     for one, other in zip(jax.tree.leaves(in_turn), jax.tree.leaves(together), strict=True):

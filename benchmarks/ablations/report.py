@@ -29,8 +29,11 @@ DECISIONS = {
     variants.PROBES: "1 stays: 4 and 16 find no more that shows in the loss.",
     variants.ASCENT: '`"zo"` stays, as published: from scratch the directions that see more of the '
     "ascent lose, or gain nothing.",
-    variants.TRANSPORT: '`"keep"` stays: `"rotate"` is ahead on the main job (pretrain_tuning '
-    "below, one seed), but nothing can be seen on the larger Llama and in fine-tuning.",
+    variants.TRANSPORT: '`"keep"` stays, in doubt: `"rotate"` and `"reset"` are ahead on the '
+    'smaller Llama, `"rotate"` on the main job, too (pretrain_tuning below, one seed, where '
+    '`"reset"` is behind), but on the larger one nothing can be seen. With 20 updates between '
+    "refreshes these runs are where it would matter most. Who trains from scratch should try "
+    '`"rotate"`.',
     variants.SIDE: 'Of a square matrix `"std"` compresses the side that meets the input, as the '
     "published code does; until these runs it had GaLore's index and not its meaning, for PyTorch "
     'holds a layer transposed. `"std"` stays: the output side loses from scratch, at no less '
@@ -268,6 +271,7 @@ def _plot(columns, path):
             axes.plot(estimate, row, "o", color=color)
         # Wide intervals of few seeds would hide the rest.
         axes.set_xscale("symlog", linthresh=1.0)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(title)
         axes.grid(alpha=0.3)
     labels = [f"{VARIANTS[n].question.partition(' (')[0]}: {VARIANTS[n].label}" for n in names]

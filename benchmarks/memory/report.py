@@ -42,8 +42,7 @@ def report(size, cells, records, folder):
         _plot(shapes, path)
         text = "Memory of a training step by method and shape"
         body += ["", f"![{text}](results/{folder.name}/{path.name})"]
-    body += _for_a_gpu(planned)
-    body += ["", *_savings_table(shapes)]
+    body += ["", *_savings_table(shapes), *_for_a_gpu(planned)]
     for (preset, rank), runs in shapes.items():
         body += ["", f"### {preset}, rank {rank} ({size} size)", "", *_table_of(runs)]
     body += _others(steps, main)

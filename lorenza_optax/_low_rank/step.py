@@ -28,7 +28,8 @@ from lorenza_optax._low_rank.renewal import (
     unchanged,
 )
 from lorenza_optax._low_rank.state import LowRankState
-from lorenza_optax._plan.plan import LeafPlan, ProjectionPlan
+from lorenza_optax._low_rank.widening import narrow, project_in_turn, read_again, wide
+from lorenza_optax._plan.plan import ProjectionPlan
 from lorenza_optax._residual.residual import DISCARD, Situation
 from lorenza_optax._subspace.refresh import is_due
 from lorenza_optax._subspace.sketch import WARM_UP
@@ -82,11 +83,12 @@ def prepare(
     Returns:
       What was prepared, and the gradient of the projected leaves in the oriented view.
     """
-    wide = {path: g.astype(plan.leaves[path].compute_dtype) for path, g in gradients.items()}
-    energy = {path: jnp.sum(jnp.square(g)) for path, g in wide.items()}
+    energy = {path: jnp.sum(jnp.square(g)) for path, g in wide(plan, gradients).items()}
+    gradients = read_again(plan, gradients)
+    widened = wide(plan, gradients)
     usable = _is_usable(config, plan, energy.values())
-    matrices = {path: leaf.matrix.matrix(wide[path]) for path, leaf in plan.projected.items()}
-    narrow = _narrow(plan, gradients)
+    matrices = {path: leaf.matrix.matrix(widened[path]) for path, leaf in plan.projected.items()}
+    in_turns = narrow(plan, gradients)
     new = unchanged(plan, state)
     first = usable & (state.last_refresh < 0)
     switched: Arrays = {}
@@ -109,20 +111,21 @@ def prepare(
         new = jax.lax.cond(first, lambda: from_gradient(config, plan, state, matrices, True), some)
     elif matrices and config.subspace not in RANDOM:
         due = usable & is_due(state.count, state.last_refresh, config.update_proj_gap)
-        new = from_gradient(config, plan, state, matrices | narrow, due)
+        new = from_gradient(config, plan, state, matrices | in_turns, due)
     subspaces = new.subspaces
     projectors = projectors_of(plan, *subspaces[:2])
     oriented = {path: plan.leaves[path].matrix.orient(g) for path, g in matrices.items()}
     low = {path: project(projectors[path], g) for path, g in oriented.items()}
     low |= {
-        path: _project_in_turn(plan.leaves[path], projectors[path], g) for path, g in narrow.items()
+        path: project_in_turn(plan.leaves[path], projectors[path], g)
+        for path, g in in_turns.items()
     }
     captured = total(jnp.sum(jnp.square(g)) for g in low.values())
     whole = total(energy[path] for path in matrices)
     share = (captured / jnp.where(whole > 0, whole, 1)).astype(jnp.float32)
     if config.subspace in RANDOM:
         share = state.captured_energy
-    others = {path: wide[path] for path in plan.others}
+    others = {path: widened[path] for path in plan.others}
     displacement = state.displacement
     if switched:
         switched = {path: one | first for path, one in switched.items()}
@@ -134,27 +137,6 @@ def prepare(
         displacement, {},
     )  # fmt: skip
     return prepared, oriented
-
-
-def _narrow(plan: ProjectionPlan, gradients: Arrays) -> Arrays:
-    """Gradients ([b,] m, n) in fewer bits than are computed with, where matrices take turns.
-
-    A GPU's compiler makes one wide copy of what several widen, and keeps it for all of them: with
-    bfloat16, two more copies of the model. In turns, the wide copy is of one matrix.
-    """
-    found = {}
-    for paths, _, takes_turns in plan.stacks:
-        leaf, g = plan.leaves[paths[0]], gradients[paths[0]]
-        if takes_turns and g.dtype != leaf.compute_dtype:
-            found[paths[0]] = leaf.matrix.matrix(g)
-    return found
-
-
-def _project_in_turn(leaf: LeafPlan, projectors: jax.Array, matrices: jax.Array) -> jax.Array:
-    def one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return project(pair[0], pair[1].astype(leaf.compute_dtype))
-
-    return jax.lax.map(one, (projectors, leaf.matrix.orient(matrices)))
 
 
 def prepare_low(
