@@ -79,8 +79,10 @@ def _in_short(size, preset, shapes, planned):
     parts = _by_rank(preset, shapes)
     if not parts:
         return parts
+    dtype = next(run["dtype"] for (name, _), of in shapes.items() if name == preset
+                 for run in of.values())  # fmt: skip
     text = (
-        f"**Memory.** A Llama of {preset}, 1 x 256 tokens, in float32 ({size} size): the peak of a "
+        f"**Memory.** A Llama of {preset}, 1 x 256 tokens, in {dtype} ({size} size): the peak of a "
         f"compiled step is below AdamW's, {parts}."
     )
     if on_gpu := _by_rank(preset, planned):
@@ -89,6 +91,8 @@ def _in_short(size, preset, shapes, planned):
 
 
 def _by_rank(preset, shapes):
+    if not any(subject in runs for runs in shapes.values() for subject in FEATURED):
+        return []
     ranks = sorted(rank for name, rank in shapes if name == preset)
     parts = []
     for subject in (*FEATURED, *BESIDE):

@@ -126,7 +126,10 @@ def _table_of(runs):
 
 def _allocator_peak(run):
     ran = run.get("run", {})
-    return "out of memory" if ran.get("out_of_memory") else _bytes(ran.get("peak"))
+    if ran.get("out_of_memory"):
+        return "out of memory"
+    # The first weights may have taken more than the steps did.
+    return "at most " * (ran.get("peak") == ran.get("peak_before")) + _bytes(ran.get("peak"))
 
 
 def _savings_table(shapes):
@@ -139,6 +142,8 @@ def _savings_table(shapes):
                     shares = [saved(runs, subject, base, measure) for measure in MEASURES]
                     row.append(" / ".join("-" if s is None else f"{100 * s:.0f}" for s in shares))
                 rows.append(row)
+    if not rows:
+        return []
     return [
         "What LORENZA saves, in % of what the other takes (negative where it takes more): optimizer"
         " state / weights, gradients and state / peak of the compiled step. LoRA and GaLore are at "
