@@ -49,14 +49,23 @@ device_description_str: "{H100}"
 """
 
 
+def compiler():
+    """The folder of CUDA's compiler, if all is there that compiling for a GPU takes."""
+    try:
+        found = importlib.util.find_spec("nvidia.cuda_nvcc")
+        plugin = importlib.util.find_spec("jax_plugins.xla_cuda12")
+    except ModuleNotFoundError:
+        return None
+    return pathlib.Path(found.submodule_search_locations[0]) if found and plugin else None
+
+
 def in_child(cell):
     """The result of `steps.measured` in a process that compiles for the cell's target."""
-    compiler = importlib.util.find_spec("nvidia.cuda_nvcc") if _has("nvidia") else None
-    if compiler is None or not _has("jax_plugins.xla_cuda12"):
+    folder = compiler()
+    if folder is None:
         raise RuntimeError(
             "Compiling for a GPU takes its compiler: pip install -e '.[bench,deviceless]'"
         )
-    [folder] = map(pathlib.Path, compiler.submodule_search_locations)
     flags = (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_gpu_autotune_level=0",
@@ -78,13 +87,6 @@ def in_child(cell):
         check=True,
     )
     return json.loads(child.stdout.splitlines()[-1])
-
-
-def _has(name):
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def sharding():

@@ -3,6 +3,7 @@
 import operator
 
 from benchmarks import experiments
+from benchmarks.memory import deviceless
 from benchmarks.memory.methods import METHODS
 
 HEADLINE = 0.67  # published: "up to 67 % less memory"
@@ -35,15 +36,20 @@ def kept(run):
 
 
 def again(size, cells, records):
-    """The smallest step of LORENZA: its state to the byte, and its peak nearly, as XLA plans it."""
-    name = f"{size}-60M-lorenza-r128"
-    if name not in records:
-        return []
+    """A step's state to the byte, and its peak nearly, as XLA plans it: LORENZA's, if it is there.
+
+    One that is compiled for a GPU, too, where its compiler is installed.
+    """
+    names = (f"{size}-60M-lorenza-r128", *records)
+    chosen = [name for name in names if name in records][:1]
+    if deviceless.compiler() and (name := "gpu-7B-lorenza_sketch-r128") in records:
+        chosen.append(name)
     expected = []
-    for key, slack in (("state", 0.0), ("peak", 0.1)):
-        stored = records[name]["result"][key]
-        edges = (1 - slack) * stored, (1 + slack) * stored
-        expected.append(experiments.Expectation(name, key, operator.itemgetter(key), *edges))
+    for name in chosen:
+        for key, slack in (("state", 0.0), ("peak", 0.1)):
+            stored = records[name]["result"][key]
+            edges = (1 - slack) * stored, (1 + slack) * stored
+            expected.append(experiments.Expectation(name, key, operator.itemgetter(key), *edges))
     return expected
 
 
