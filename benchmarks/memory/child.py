@@ -1,6 +1,8 @@
 """Prints what XLA plans for a cell's step on a GPU; `deviceless.in_child` starts it.
 
-python -m benchmarks.memory.child '{"target": "NVIDIA H100 80GB HBM3", ...}'
+    python -m benchmarks.memory.child '{"target": "NVIDIA H100 80GB HBM3", ...}'
+
+The environment says where CUDA's compiler is.
 """
 
 import json

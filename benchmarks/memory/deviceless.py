@@ -19,8 +19,8 @@ import sys
 from benchmarks import experiments
 
 H100 = "NVIDIA H100 80GB HBM3"
-# What XLA asks of a device, from the vendor's data sheet of the H100 (SXM), but for its memory:
-# more than it has, so that no step is made to fit by computing things twice.
+# What XLA asks of a device, with the figures of its own description of the H100 (SXM), but for the
+# memory: more than it has, so that no step is made to fit by computing things twice.
 DEVICE = f"""
 gpu_device_info {{
   threads_per_block_limit: 1024

@@ -129,7 +129,8 @@ def _allocator_peak(run):
     if ran.get("out_of_memory"):
         return "out of memory"
     # The first weights may have taken more than the steps did.
-    return "at most " * (ran.get("peak") == ran.get("peak_before")) + _bytes(ran.get("peak"))
+    is_edge = "peak" in ran and ran["peak"] == ran["peak_before"]
+    return "at most " * is_edge + _bytes(ran.get("peak"))
 
 
 def _savings_table(shapes):
@@ -164,8 +165,9 @@ def _for_a_gpu(shapes):
                 "",
                 f"The same on a GPU, whose usual dtype is bfloat16: compiled for an {target} on a "
                 f"machine without one (`benchmarks/memory/deviceless.py`), {batch} x {length} "
-                "tokens. There XLA fuses most conversions to float32 into what reads them, so the "
-                "order is that of the counts.",
+                "tokens. Most conversions to float32 are fused there into what reads them; what "
+                "is kept in float32 (low-rank gradients, sketches) weighs twice as much beside "
+                "bfloat16 weights, so at rank 1024 sketches save nothing.",
             ]
         lines += ["", f"### {preset}, rank {rank}, bfloat16, for an {target}", ""]
         lines += _table_of(runs)
