@@ -60,7 +60,7 @@ CASES = {
     },
 }
 # Quantization rounds apart what differs in the last digit, and Newton-Schulz enlarges it.
-LOOSE = {"int8": 0.1, "zo_muon": 0.05}
+LOOSE = {"int8": 0.1, "zo_muon": 0.02}
 STEPS = 5
 
 
@@ -120,7 +120,7 @@ def test_bases_are_orthonormal_where_products_are_rounded(case):
     for q in bases:
         q = np.asarray(q, np.float64)
         gram = q.mT @ q if q.shape[-2] >= q.shape[-1] else q @ q.mT
-        np.testing.assert_allclose(gram, np.broadcast_to(np.eye(3), gram.shape), atol=1e-5)
+        np.testing.assert_allclose(gram, np.broadcast_to(np.eye(3), gram.shape), atol=5e-6)
 
 
 @pytest.mark.gpu

@@ -167,7 +167,8 @@ def _for_a_gpu(shapes):
                 f"machine without one (`benchmarks/memory/deviceless.py`), {batch} x {length} "
                 "tokens. Most conversions to float32 are fused there into what reads them; what "
                 "is kept in float32 (low-rank gradients, sketches) weighs twice as much beside "
-                "bfloat16 weights, so at rank 1024 sketches save nothing.",
+                "bfloat16 weights, so at rank 1024 sketches take more than the "
+                "gradient that they spare.",
             ]
         lines += ["", f"### {preset}, rank {rank}, bfloat16, for an {target}", ""]
         lines += _table_of(runs)

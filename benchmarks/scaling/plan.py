@@ -29,7 +29,7 @@ class Size(NamedTuple):
     batch_per_device: int  # the weak one
     rounds: int
     refresh_rounds: int
-    svd_width: int  # up to which Optax's GaLore is timed: its exact SVDs take a GPU minutes beyond
+    svd_width: int  # up to which Optax's GaLore is timed: its exact SVDs are not waited for beyond
 
 
 SIZES = {

@@ -115,10 +115,11 @@ def prepare(
     subspaces = new.subspaces
     projectors = projectors_of(plan, *subspaces[:2])
     oriented = {path: plan.leaves[path].matrix.orient(g) for path, g in matrices.items()}
-    low = {path: project(projectors[path], g) for path, g in oriented.items()}
-    low |= {
-        path: project_in_turn(plan.leaves[path], projectors[path], g)
-        for path, g in in_turns.items()
+    low = {
+        path: project_in_turn(plan.leaves[path], projectors[path], in_turns[path])
+        if path in in_turns
+        else project(projectors[path], g)
+        for path, g in oriented.items()
     }
     captured = total(jnp.sum(jnp.square(g)) for g in low.values())
     whole = total(energy[path] for path in matrices)
