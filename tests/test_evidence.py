@@ -246,6 +246,14 @@ NANO = plan.Size(
     {20: 20, 24: 20},
     {20: ((("adamw",), LENGTHS), (("lora",), LENGTHS)), 24: ((("adamw",), LENGTHS),)},
     {},
+    {"batch_size": 4, "rank": 4, "update_proj_gap": 3},
+)
+ALL = NANO._replace(
+    examples=(None,),
+    epochs={None: 1},
+    tuned_at={None: None},
+    groups={None: ((("adamw",), {"sst2": ()}),)},
+    starts_at=("cpu", 20),
 )
 
 
@@ -254,9 +262,7 @@ def nano(tmp_path, monkeypatch):
     """A nano BERT on a word that decides; the folder of results."""
     (tmp_path / "bert").mkdir()
     monkeypatch.setattr(inputs, "CHECKPOINT", checkpoints.write_bert(tmp_path / "bert"))
-    monkeypatch.setattr(plan, "PLANS", {"cpu": NANO, "full": NANO._replace(examples=())})
-    small = {"batch_size": 4, "rank": 4, "update_proj_gap": 3}
-    monkeypatch.setattr(plan, "SHARED", small)
+    monkeypatch.setattr(plan, "PLANS", {"cpu": NANO, "full": ALL})
     monkeypatch.setattr(plan, "HELD_OUT", 15)
     monkeypatch.setattr(inputs, "HELD_OUT", 15)
     rng = np.random.default_rng(0)
@@ -310,6 +316,21 @@ def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
     lora = records["cpu-20-sst2-lora-seed0"]["result"]
     assert lora["trained_parameters"] < final["trained_parameters"]
 
+    # With all examples, three rates round the one that was chosen with fewer.
+    everything = finetuning.cells("full")
+    assert [cell["kind"] for cell in everything] == 3 * ["tuning"] + 2 * ["final"]
+    assert run.main(["finetuning", "--size", "full", "--out", nano]) == 0
+    records |= experiments.read(nano / "finetuning", everything)[0]
+    trials = [records[f"full-all-sst2-adamw-tune{i}"]["result"] for i in range(3)]
+    tried = [trial["learning_rate"] for trial in trials]
+    assert tried == pytest.approx(
+        [factor * chosen["learning_rate"] for factor in (0.5, 1, 2)], rel=0.01
+    )
+    assert [trial["steps"] for trial in trials] == 3 * [7]  # of 25, and 15 are held out
+    best = max(trials, key=lambda r: (r["metrics"]["accuracy"], -r["loss"]))
+    full = records["full-all-sst2-adamw-seed0"]["result"]
+    assert (full["learning_rate"], full["steps"]) == (best["learning_rate"], 10)
+
     text = report.build(nano, ["finetuning"])
     assert "34 of the 48 cells of the cpu size are finished. **14 are missing**" in text
     mean = 50 * sum(records[f"cpu-20-sst2-lora-seed{i}"]["result"]["metrics"]["accuracy"]
@@ -345,7 +366,7 @@ def test_report_of_all_tasks_has_averages_and_findings(tmp_path):
                     labels, predictions = labels.astype(float), predictions + rng.normal(size=40)
                 name = f"{task}-{method}-{seed}"
                 cells.append({"id": name, "kind": "final", "task": task, "method": method,
-                              "examples": 9, "epochs": 2, **plan.SHARED})  # fmt: skip
+                              "examples": 9, "epochs": 2, **NANO.shared})  # fmt: skip
                 metrics = training.glue.TASKS[task].metrics
                 records[name] = {"result": {
                     "labels": training.stored(labels),

@@ -218,7 +218,7 @@ class Silent:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
 def test_from_a_record_of_fine_tuning_to_the_report(nano, monkeypatch, capsys, task):  # noqa: F811
-    monkeypatch.setattr(plan, "EXAMPLES", 20)
+    monkeypatch.setitem(plan.EXAMPLES, "cpu", 20)
     monkeypatch.setitem(plan.MEASURED, "finetuning", 8)
     source = next(
         c for c in finetuning.cells("cpu") if c["id"] == f"cpu-20-{task}-adamw-seed0"

@@ -5,7 +5,7 @@ from benchmarks.ablations.variants import VARIANTS
 
 TASKS = ("sst2", "stsb")
 # The Llama, the larger one, the number of examples.
-PLACES = {"cpu": ("0.5M", "1.9M", 256), "full": ("60M", "130M", 1024)}
+PLACES = {"cpu": ("0.5M", "1.9M", 256), "full": ("60M", "130M", None)}
 
 
 def cells(size):

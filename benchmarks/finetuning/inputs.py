@@ -24,8 +24,9 @@ def data_of(cell):
     """What a cell trains on and is scored on."""
     dataset = dataset_of(cell["task"], experiments.data_dir())
     if cell["kind"] == "tuning":
-        both = batches.subset(dataset.train, cell["examples"] + HELD_OUT, cell["seed"])
-        train, scored = both[: cell["examples"]], both[cell["examples"] :]
+        count = cell["examples"] or len(dataset.train) - HELD_OUT
+        both = batches.subset(dataset.train, count + HELD_OUT, cell["seed"])
+        train, scored = both[:count], both[count:]
     else:
         train = batches.subset(dataset.train, cell["examples"], cell["seed"])
         scored = dataset.dev

@@ -4,7 +4,7 @@ import math
 import statistics
 from typing import NamedTuple
 
-from benchmarks.finetuning.methods import FIRST, HELD_OUT, LONGER, METHODS, REST, SLOW
+from benchmarks.finetuning.methods import FIRST, HELD_OUT, LONGER, METHODS, REST, ROUND, SLOW
 
 # Apart from those of the final runs, so that none of these has helped to choose. The second draw is
 # for the better half of the first: the luck of one may exceed what lies between two trials.
@@ -19,6 +19,10 @@ class Size(NamedTuple):
     tuned_at: dict  # number of examples at which the hyperparameters are chosen, by the same
     groups: dict  # by number of examples, (methods, tasks), each finished before the next
     tuned_on: dict  # by task, if not itself, that whose tuning serves it, too
+    shared: dict  # settings
+    # (size, number of examples) of the tuning that this one starts from: it tries three rates round
+    # the one that was chosen there, at its radius.
+    starts_at: tuple | None = None
 
 
 # On a CPU a step takes time in proportion to the length: in training these cut 1 % of CoLA, 5 % of
@@ -33,22 +37,22 @@ PLANS = {
         (256, 1024), 3, SHORT, {256: 4, 1024: 3}, {256: 256, 1024: 256},
         {
             256: (
-                (FIRST, LEARNED), (REST, LEARNED), (FIRST, HARD), ((*SLOW, "lozo"), ("sst2",)),
+                (FIRST, LEARNED), (REST, LEARNED), (FIRST, HARD), ((*SLOW, *LONGER), ("sst2",)),
             ),
             1024: ((FIRST, LEARNED),),
         },
         dict.fromkeys(HARD, "sst2"),
+        {"batch_size": 16, "rank": 8, "update_proj_gap": 20},
     ),
+    # In GLUE's own sizes a model of this size learns of the hard tasks, too.
     "full": Size(
-        (256, 1024, None), 10, LONG, {256: 6, 1024: 6, None: 3},
-        {256: 256, 1024: 1024, None: 1024},
-        dict.fromkeys(
-            (256, 1024, None), tuple((m, tuple(LONG)) for m in (FIRST, REST + SLOW, LONGER))
-        ),
+        (None,), 3, LONG, {None: 3}, {None: None},
+        {None: ((FIRST, ("stsb", *HARD)), (FIRST, ("sst2",)), (REST, LEARNED))},
         {},
+        {"batch_size": 32, "rank": 8, "update_proj_gap": 100},
+        starts_at=("cpu", 256),
     ),
 }  # fmt: skip
-SHARED = {"batch_size": 16, "rank": 8, "update_proj_gap": 20}
 
 
 def cells(size):
@@ -73,24 +77,28 @@ def _of_method(size, plan, examples, task, name):
         "epochs": epochs,
         "train_len": train_len,
         "score_len": score_len,
-        **SHARED,
+        **plan.shared,
         "group": f"{size}-{task}-{name}",
     }
     # The tuning of another number of examples, or of another task, may serve this one.
     prefix = f"{size}-{{}}-{task}-{name}"
     tuned_at, tuned_on = plan.tuned_at[examples], plan.tuned_on.get(task, task)
-    base = _tuning_of(size, tuned_at, tuned_on, method.middle) if method.radii else ()
+    start = {}
+    if plan.starts_at:
+        start = {"start": _start(*plan.starts_at, task, name)}
+    elif method.radii:
+        start = {"needs": _tuning_of(size, tuned_at, tuned_on, method.middle)}
     tuning = [
         {
-            "id": f"{prefix.format(tuned_at)}-tune{index}",
+            "id": f"{prefix.format(tuned_at or 'all')}-tune{index}",
             "kind": "tuning",
             **common,
             **trial,
             "seed": TUNING_SEEDS[0],
-            **({"needs": base} if base else {}),
+            **start,
             "work": work + HELD_OUT * score_len,
         }
-        for index, trial in enumerate(method.trials())
+        for index, trial in enumerate(_trials(plan, name))
     ]
     again = [
         {
@@ -102,7 +110,7 @@ def _of_method(size, plan, examples, task, name):
             "needs": [cell["id"] for cell in tuning],
             "work": work + HELD_OUT * score_len,
         }
-        for place in range(len(tuning) // 2)
+        for place in range(_second_draws(plan, name))
     ]
     final = [
         {
@@ -118,11 +126,29 @@ def _of_method(size, plan, examples, task, name):
     return [*tuning, *again, *final] if (tuned_at, tuned_on) == (examples, task) else final
 
 
+def _trials(plan, name):
+    """What each trial sets, of a tuning of its own or of one that goes on from another."""
+    method = METHODS[name]
+    if plan.starts_at is None:
+        return method.trials()
+    return [{"rate_factor": method.factor**power} for power in ROUND]
+
+
+def _second_draws(plan, name):
+    return 0 if plan.starts_at else len(_trials(plan, name)) // 2
+
+
 def _tuning_of(size, examples, task, name):
     """Ids of all trials of a method."""
-    trials = len(METHODS[name].trials())
-    of = [f"tune{index}" for index in range(trials)] + [f"again{i}" for i in range(trials // 2)]
-    return [f"{size}-{examples}-{task}-{name}-{suffix}" for suffix in of]
+    plan = PLANS[size]
+    of = [f"tune{index}" for index in range(len(_trials(plan, name)))]
+    of += [f"again{place}" for place in range(_second_draws(plan, name))]
+    return [f"{size}-{examples or 'all'}-{task}-{name}-{suffix}" for suffix in of]
+
+
+def _start(size, examples, task, name):
+    """Ids of another size's trials, of the task's own tuning or that which serves it."""
+    return _tuning_of(size, examples, PLANS[size].tuned_on.get(task, task), name)
 
 
 def borrowed_tunings(cells):

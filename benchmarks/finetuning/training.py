@@ -16,19 +16,28 @@ import batches
 import bert
 import glue
 import optimizers
+from benchmarks import experiments
 from benchmarks.finetuning import inputs
 from benchmarks.finetuning.methods import METHODS
-from benchmarks.finetuning.plan import ranked
+from benchmarks.finetuning.plan import cells, ranked
 
 EVALUATION_BATCH = 64
 
 
 def run(cell, display, needed):
     """A trial, or what the trials of its `needs` have chosen: for the same method, or its base."""
+    if "start" in cell:
+        needed = {name: _of_another_size(name) for name in cell["start"]}
     chosen = ranked(needed.values())[cell.get("place", 0)] if needed else cell
     rate = float(f"{chosen['learning_rate'] * cell.get('rate_factor', 1):.3g}")
     rho = cell.get("rho", chosen["rho"])
     return fine_tune(cell, {"learning_rate": rate, "rho": rho}, display)
+
+
+def _of_another_size(name):
+    """The result of a finished cell, by its id."""
+    found = next(cell for size in experiments.SIZES for cell in cells(size) if cell["id"] == name)
+    return experiments.of_another("finetuning", found)["result"]
 
 
 def fine_tune(cell, hyperparameters, display):

@@ -9,7 +9,7 @@ TEXTS = ("stdlib",)
 LLAMA_METHODS = (
     "adamw", "galore", "fira", "lotus", "lorenza", "lorenza_subspace", "lorenza_plus", "muon",
 )  # fmt: skip
-EXAMPLES = 256  # to fine-tune on
+EXAMPLES = {"cpu": 256, "full": None}  # to fine-tune on
 SEEDS = range(3)
 
 # Of each of the two sets: texts of 32 or 48 tokens, and sequences of 128.
@@ -30,7 +30,7 @@ def cells(size):
     small, *_ = training.MODELS[size]
     fine_tuned = [
         c for c in finetuning.cells(size)
-        if c["kind"] == "final" and c["examples"] == EXAMPLES and c["seed"] in SEEDS
+        if c["kind"] == "final" and c["examples"] == EXAMPLES[size] and c["seed"] in SEEDS
         and c["task"] in TASKS and c["method"] in METHODS
     ]  # fmt: skip
     pre_trained = [
