@@ -33,6 +33,13 @@ OWN_EMITTERS = (
     else None
 )
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)  # a case that adds little
+
+
+def few(names, usual):
+    """All cases, of which by default only the usual ones run."""
+    return [name if name in usual else slow(name) for name in names]
+
+
 SAMPLES = 40  # more than any dimension: gradients have full rank
 
 

@@ -123,7 +123,7 @@ def test_more_probes_find_more_of_the_ascent():
 
 
 @pytest.mark.parametrize("estimator", ["central", "forward", "jvp", "auto"])
-@pytest.mark.parametrize("probe_batch_size", [None, 2, 3])
+@pytest.mark.parametrize("probe_batch_size", [problems.slow(None), 2, problems.slow(3)])
 def test_estimators_and_batches_agree(estimator, probe_batch_size):
     _, params, target, state = _setup()
 
@@ -272,6 +272,7 @@ def test_mu_may_be_scheduled():
     assert norms[0] != pytest.approx(norms[2], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_scan_in_bfloat16_is_widened_as_a_whole():
     """A scan's carry must keep its dtype, so float32 for the perturbed leaves alone won't do."""
     params = {

@@ -150,7 +150,8 @@ LIBRARIES = {"orbax": _by_orbax, "flax": _by_flax}
 
 
 @pytest.mark.parametrize(("way", "count", "last"), [
-    pytest.param("value_fn", 9, 8, marks=pytest.mark.slow), ("subspace", 4, 3), ("MultiSteps", 4, 3)
+    pytest.param("value_fn", 9, 8, marks=pytest.mark.slow), ("subspace", 4, 3),
+    pytest.param("MultiSteps", 4, 3, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_the_checkpoint_is_in_the_middle_of_everything(way, count, last):
     half, _ = _unbroken(way)

@@ -38,11 +38,14 @@ METHODS = {
 STAGES = ("zo_sam_perturbation", "sam", "asam")  # which keep nothing of a gradient
 
 
-def _methods(*left_out, slow=("sam", "asam")):  # a stage as zo_sam_perturbation
-    return [problems.slow(m) if m in slow else m for m in METHODS if m not in left_out]
+USUAL = ("lorenza", "lorenza-rotate-bf16", "lorenza_plus", "adazo_sam")  # which has the stage
 
 
-each_method = pytest.mark.parametrize("method", _methods())
+def few_methods(*usual):
+    return pytest.mark.parametrize("method", problems.few(METHODS, usual))
+
+
+each_method = few_methods(*USUAL)
 
 
 def _problem(dtype=jnp.float32):
@@ -108,9 +111,7 @@ def test_init_is_jittable_and_shape_only(method):
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, params), tx.init(params))
 
 
-@pytest.mark.parametrize(
-    "method", _methods(slow=("lorenza_plus", "zo_sam_perturbation", "sam", "asam"))
-)
+@few_methods("lorenza-rotate-bf16", "adazo_sam")
 def test_scan_over_steps_and_donation(method):
     tx, (params, target) = METHODS[method](), _problem()
     step = _step(tx, target)
@@ -123,9 +124,7 @@ def test_scan_over_steps_and_donation(method):
     chex.assert_trees_all_close(donated, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "method", _methods(slow=("lorenza_plus", "adazo_sam", "sam", "lorenza-rotate-bf16"))
-)
+@few_methods("lorenza", "zo_sam_perturbation", "asam")
 def test_vmap_over_models(method):
     tx, (params, target) = METHODS[method](), _problem()
     stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
@@ -177,7 +176,7 @@ def test_serialization_resumes_bit_for_bit(method, tmp_path):
 
 
 # test_wrappers.py has LORENZA in all of them.
-@pytest.mark.parametrize("method", _methods("lorenza", "lorenza_plus"))
+@few_methods("lorenza-rotate-bf16", "adazo_sam")
 @pytest.mark.parametrize("wrapper", ["masked", "MultiSteps", "apply_if_finite"])
 def test_wrappers_train_by_the_outer_gradient(method, wrapper):
     tx = METHODS[method]()
@@ -209,7 +208,9 @@ INJECTED = {
 
 
 @pytest.mark.parametrize("name", INJECTED)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, problems.slow(jnp.bfloat16)], ids=["float32", "bfloat16"]
+)
 def test_inject_hyperparams(name, dtype):
     factory, kwargs = INJECTED[name]
     names = inspect.signature(factory).parameters
@@ -234,10 +235,10 @@ def test_inject_hyperparams(name, dtype):
     assert set(state_two.hyperparams) == set(schedules)
 
 
+@few_methods("adazo_sam")
 @pytest.mark.parametrize(
-    "method", _methods(slow=("lorenza", "lorenza_plus", "lorenza-rotate-bf16", "sam", "asam"))
+    "axis_type", [problems.slow(AxisType.Auto), AxisType.Explicit], ids=["auto", "explicit"]
 )
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 # test_meshes.py has LORENZA in every layout.
 @pytest.mark.parametrize("spec", [problems.slow(P("x", None)), P("x", "y")], ids=str)
 def test_meshes_give_the_numbers_of_one_device(method, axis_type, spec):
@@ -310,9 +311,7 @@ class NnxNet(nnx.Module):
         return x
 
 
-@pytest.mark.parametrize(
-    "method", _methods(slow=("lorenza_plus", "lorenza-rotate-bf16", "sam", "asam"))
-)
+@few_methods("lorenza", "adazo_sam")
 def test_nnx_optimizer(method):
     model = NnxNet(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, METHODS[method](), wrt=nnx.Param)
@@ -345,7 +344,11 @@ def test_nnx_optimizer(method):
 
 @pytest.mark.parametrize("check_vma", [True, problems.slow(False)])
 @pytest.mark.parametrize(
-    "make", ["lorenza", "lorenza-subspace", "zo_sam_perturbation", problems.slow("sam"), "asam"]
+    "make",
+    problems.few(
+        ("lorenza", "lorenza-subspace", "zo_sam_perturbation", "sam", "asam"),
+        ("lorenza", "zo_sam_perturbation"),
+    ),
 )
 def test_shard_map_averages_over_the_named_axis(make, check_vma):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -78,6 +78,7 @@ def test_names_and_meaning(refresh):
         assert 0.05 < expected < 0.99
 
 
+@pytest.mark.slow
 def test_overlap_where_refreshes_are_staggered():
     states, logged = _run(_tx(stagger=True, update_proj_gap=1), 3)
     expected = _overlap(states[2], states[1])

@@ -281,6 +281,7 @@ def nano(tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
     kept = {name: methods.METHODS[name] for name in ("adamw", "lora")}
     monkeypatch.setattr(

@@ -27,6 +27,7 @@ import minimal  # noqa: E402
 import optimizers  # noqa: E402
 import pretrain  # noqa: E402
 import reporting  # noqa: E402
+from tests import problems  # noqa: E402
 
 NANO = llama.PRESETS["nano"].model
 FEW = ["lorenza", "adazo_sam", "adamw", "optax_galore", "optax_sam"]
@@ -168,8 +169,8 @@ def test_folder_without_text_is_refused(tmp_path):
         ("tiny", 1_869_504),
         ("60M", 58_073_600),
         ("130M", 134_105_856),
-        ("350M", 367_969_280),
-        ("1B", 1_339_082_752),
+        problems.slow("350M", 367_969_280),
+        problems.slow("1B", 1_339_082_752),
         ("7B", 6_738_415_616),
     ],
 )
@@ -247,6 +248,7 @@ def test_optimizers_run_from_the_same_start_on_the_same_batches(
     assert state["lorenza"] < state["adamw"] * (1 if dtype == "float32" else 2)
 
 
+@pytest.mark.slow
 def test_order_of_optimizers_does_not_matter(text_folder, tmp_path):
     for order in ("adamw,optax_galore", "optax_galore,adamw"):
         arguments = run_arguments(text_folder, tmp_path / order, "--optimizer", order)

@@ -11,6 +11,7 @@ from flax import linen, nnx
 import lorenza_optax
 from lorenza_optax import projection_plan, select_leaves
 from lorenza_optax.flax import TrainState, nnx_train_step, weight_dimension_numbers
+from tests import problems
 
 WIDTH = 16
 
@@ -236,7 +237,7 @@ def _noisy(gradient, has_aux=False):
     return model, optimizer, nnx.jit(step)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", problems.few(GRADIENTS, ("perturbed",)))
 def test_nnx_state_beside_parameters_changes_once_a_step(gradient):
     model, optimizer, step = _noisy(gradient)
     before = model.inner.kernel[...]

@@ -107,6 +107,7 @@ def test_parts_give_what_all_at_once_gives(name, monkeypatch):
             np.testing.assert_allclose(update, others[path], atol=0.15)
 
 
+@pytest.mark.slow
 def test_an_update_that_is_skipped_leaves_every_code(monkeypatch):
     take_parts(monkeypatch)
     # At a step that would have refreshed.
@@ -133,6 +134,7 @@ def test_parts_draw_their_own_noise(monkeypatch):
         assert all(np.any(parts[0] != part) for part in parts[1:])
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_somebody_made_is_not_taken_apart(monkeypatch):
     """Nothing says that it treats each entry by itself."""
     take_parts(monkeypatch)

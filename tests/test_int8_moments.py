@@ -145,6 +145,7 @@ def test_stochastic_rounding_is_exact_in_expectation(signed):
     assert np.any(np.std(np.asarray(back), axis=0) > 0)
 
 
+@pytest.mark.slow
 def test_a_small_second_moment_goes_on_growing_beside_a_large_one():
     """Rounded to nearest it stays where it is: 0.001 g² is less than half a step."""
     large = np.arange(5000) % BLOCK == 0
@@ -249,10 +250,7 @@ ASCENTS = {
 
 @pytest.mark.parametrize(
     "case",
-    [
-        case if case in ("zo", "sketch-without-partners", "lion") else problems.slow(case)
-        for case in ASCENTS
-    ],
+    problems.few(ASCENTS, ("zo",)),
 )
 def test_every_way_to_use_the_moments(case):
     params, target = _problem()
@@ -268,6 +266,7 @@ def test_every_way_to_use_the_moments(case):
     assert losses["int8"] == pytest.approx(losses[None], rel=0.05)
 
 
+@pytest.mark.slow
 def test_low_rank_gradients_of_several_micro_batches():
     params, target = _problem()
     shared = {"rank": RANK, "update_proj_gap": 2, "moment_dtype": "int8", "ascent": "momentum"}
@@ -291,6 +290,7 @@ def test_low_rank_gradients_of_several_micro_batches():
     chex.assert_trees_all_equal(same[0].projected, odd[0].projected)
 
 
+@pytest.mark.slow
 def test_gradients_at_the_ascent_point_and_momentum_sam():
     params, target = _problem()
     tx = lorenza_optax.momentum_sam(_lorenza(), rho=0.1)
@@ -458,6 +458,7 @@ def test_a_state_with_moments_of_another_dtype(made, used):
         gradient(params, target, opt_state=state)
 
 
+@pytest.mark.slow
 def test_only_moments_are_rounded_and_names_of_leaves_do_not_matter():
     state = optax.scale_by_amsgrad().init({"codes": jnp.ones((64, 64)), "scales": jnp.ones(4096)})
     kept = store_moments(state, INT8, None)

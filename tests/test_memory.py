@@ -45,6 +45,7 @@ ARGUMENTS = {
     "momentum": {"base_optimizer": optax.trace(0.9), "ascent": "momentum"},
     "selected": {"weight_dimension_numbers": problems.DIMENSION_NUMBERS},
 }
+QUICK = ("default", "bfloat16", "int8", "sketch", "selected")
 
 
 def _params(dtype=jnp.float32):
@@ -96,7 +97,11 @@ def backward_passes(monkeypatch):
 @pytest.mark.filterwarnings("ignore:Leaves of 3 or more", "error:value_fn uses some")
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*((case, jnp.bfloat16) for case in ARGUMENTS), ("default", jnp.float32)],
+    [
+        *((case, jnp.bfloat16) for case in QUICK),
+        *(problems.slow(case, jnp.bfloat16) for case in ARGUMENTS if case not in QUICK),
+        problems.slow("default", jnp.float32),
+    ],
 )
 def test_lorenza_keeps_what_the_report_says(case, dtype, backward_passes):
     arguments = {"rank": RANK, **ARGUMENTS[case]}
@@ -197,7 +202,7 @@ def test_nothing_is_allocated():
     assert lorenza.state < 0.5 * adamw.state
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", problems.few(PRESETS, ("60M", "130M", "7B")))
 def test_presets_are_those_of_the_examples(preset):
     _, expected = llama.abstract(llama.PRESETS[preset].model)
     mine = abstract_params(PRESETS[preset])

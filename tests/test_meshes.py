@@ -18,6 +18,7 @@ from lorenza_optax import WeightDimensionNumbers
 from lorenza_optax._base.noise import Noise, plus_noise
 from lorenza_optax._low_rank.update import LowRankUpdate
 from lorenza_optax._plan.matrix_view import matrix_view
+from tests import problems
 
 SHAPES = {"in": (16, 24), "out": (24, 16), "layers": (2, 16, 16), "bias": (16,)}
 NUMBERS = {
@@ -144,9 +145,8 @@ def _cells():
     pairs = [(layout, "value_fn") for layout in LAYOUTS] + [("both", way) for way in WAYS]
     for layout, way in dict.fromkeys(pairs):
         for kind in (AxisType.Auto, AxisType.Explicit):
-            plain = way == "value_fn"
-            auto = plain or way.endswith("grad-sketch")
-            explicit = way in ("value_fn-subspace-sketch", "subspace_value_and_grad")
+            auto = way == "value_fn" and layout in ("data-parallel", "tensor-parallel")
+            explicit = way == "value_fn-subspace-sketch"
             usual = auto if kind == AxisType.Auto else explicit
             marks = () if usual else (pytest.mark.slow,)
             yield pytest.param(layout, way, kind, marks=marks, id=f"{layout}-{way}-{kind.name}")
@@ -248,12 +248,12 @@ def test_a_refresh_from_a_sharded_gradient_gathers_nothing(layout):
     ("layout", "refresh", "way"),
     [
         ("both", "gradient", "value_fn"),
-        ("both", "gradient", "subspace"),
-        ("both", "sketch", "value_fn"),
+        problems.slow("both", "gradient", "subspace"),
+        problems.slow("both", "sketch", "value_fn"),
         ("both", "sketch", "subspace"),
         ("data-parallel", "sketch", "value_fn"),
-        ("tensor-parallel", "gradient", "value_fn"),
-        ("tensor-parallel", "sketch", "subspace"),
+        problems.slow("tensor-parallel", "gradient", "value_fn"),
+        problems.slow("tensor-parallel", "sketch", "subspace"),
     ],
 )
 def test_no_weight_or_gradient_is_gathered_but_by_adamw_too(layout, refresh, way):
@@ -269,6 +269,7 @@ def test_no_weight_or_gradient_is_gathered_but_by_adamw_too(layout, refresh, way
     assert bool(usual) == (layout != "tensor-parallel")  # or nothing was looked at
 
 
+@pytest.mark.slow
 def test_updates_in_place_gather_no_stack_of_experts(monkeypatch):
     """Each device has its own matrices, and the numbers are those of one that takes turns."""
     shape, keys = (8, 256, 256), jax.random.split(jax.random.key(0), 4)

@@ -155,6 +155,7 @@ def test_samples_in_proportion_to_outliers():
     assert 0.4 < np.mean(draws[:, 2] == 2) < 0.6
 
 
+@pytest.mark.slow
 def test_draws_by_scores_that_are_given():
     params = _model()
     for seed in range(5):
@@ -184,7 +185,9 @@ def test_decay_and_clipping_are_of_what_is_trained():
     assert np.any(updates["bias"])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [problems.slow(jnp.float32), jnp.bfloat16], ids=["float32", "bfloat16"]
+)
 def test_trains_with_stable_types_and_one_trace(dtype):
     params, target = _stack(_model(dtype=dtype)), _stack(_model(seed=1))
     tx = _tx(subspace="randomized_svd", weight_decay=1e-3, outlier_multiple=1.5)
@@ -239,6 +242,7 @@ def test_an_unusable_gradient_skips_the_update():
     assert int(state[0].layers.skipped) == 1  # also after a sampling
 
 
+@pytest.mark.slow
 def test_checkpoints_maps_and_injection(tmp_path):
     params, gradients = _model(), [_model(seed=t) for t in range(1, 8)]
     tx = _tx(moment_dtype="bfloat16", subspace="randomized_svd")

@@ -23,7 +23,10 @@ ASCENT = {"rho": 0.1, "num_probes": 2, "weight_dimension_numbers": NUMBERS}
     "dtype", [jnp.float32, problems.slow(jnp.bfloat16)], ids=["float32", "bfloat16"]
 )
 @pytest.mark.parametrize(
-    "make", ["lorenza", problems.slow("lorenza_plus"), "adazo_sam", "zo_sam_perturbation"]
+    "make",
+    problems.few(
+        ("lorenza", "lorenza_plus", "adazo_sam", "zo_sam_perturbation"), ("lorenza", "adazo_sam")
+    ),
 )
 def test_both_ways_are_the_same(make, dtype):
     ascent = {"rho": 0.1, "num_probes": 2}
@@ -99,7 +102,8 @@ WRAPPERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+# test_wrappers.py has them all, with less to show
+@pytest.mark.parametrize("wrapper", problems.few(WRAPPERS, ("chain", "MultiSteps")))
 def test_state_is_found_in_wrappers(wrapper):
     tx, hidden = WRAPPERS[wrapper](lambda: lorenza(1e-2, rank=3, update_proj_gap=3, **ASCENT))
     params = problems.params()
@@ -155,6 +159,7 @@ def test_subspaces_that_are_not_kept_cannot_be_perturbed_in():
     chex.assert_trees_all_close(plain, jax.grad(loss)(params))
 
 
+@pytest.mark.slow
 def test_several_states_share_one_norm():
     labels = {name: "tall" if name == "tall" else "rest" for name in problems.SHAPES}
     tx = optax.partition(

@@ -94,7 +94,7 @@ CASES = [
     pytest.param(
         side, transport, "discard", {}, id=f"{side}-{transport}",
         # Where the moments are kept is one choice, how they are carried over another.
-        marks=() if side == "std" or (side, transport) == ("reverse_std", "keep")
+        marks=() if (side, transport) in (("std", "keep"), ("reverse_std", "rotate"))
         else pytest.mark.slow,
     )
     for side, transport in itertools.product(

@@ -121,7 +121,7 @@ def test_each_leaf_trains_as_if_alone_with_its_rank():
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param({"refresh": "sketch"}, id="sketch"),
+        pytest.param({"refresh": "sketch"}, id="sketch", marks=pytest.mark.slow),
         pytest.param(
             {"refresh": "sketch", "ascent": "subspace", "base_optimizer": optax.scale_by_sign()},
             id="sketch, no moment",

@@ -34,9 +34,9 @@ def _projectors(state):
     [
         ("none", "keep", None),
         problems.slow("none", "rotate", None),
-        ("none", "reset", None),
+        problems.slow("none", "reset", None),
         ("subspace", "keep", None),
-        ("momentum", "keep", None),
+        problems.slow("momentum", "keep", None),
     ],
 )
 def test_agrees_with_the_reference(ascent, transport, base):
@@ -213,6 +213,7 @@ def test_accumulated_gradients_are_those_of_update(refresh):
         )
 
 
+@pytest.mark.slow
 def test_subspace_ascent_finds_more_of_the_rise_than_probes():
     params, batch = problems.params(), problems.batch(3)
     tx = lorenza_optax.lorenza(

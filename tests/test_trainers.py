@@ -35,6 +35,7 @@ class LinenNet(linen.Module):
         return linen.Dense(OUTPUTS)(jnp.tanh(linen.Dense(24)(x)))
 
 
+@pytest.mark.slow
 def test_numpyros_stochastic_variational_inference():
     numpyro = pytest.importorskip("numpyro")
     modules = pytest.importorskip("numpyro.contrib.module")

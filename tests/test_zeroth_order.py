@@ -129,7 +129,7 @@ SETTINGS = {"steps": STEPS, "learning_rate": RATE, "mu": MU}
     [
         slow("sgd", 3, "central"),
         ("sign", 1, "forward"),
-        ("momentum", 3, "jvp"),
+        slow("momentum", 3, "jvp"),
         slow("adam", 1, "central"),
         ("conservative", 1, "central"),
         slow("conservative", 3, "jvp"),
@@ -140,6 +140,7 @@ def test_mezo(variant, q, estimator):
     check_mezo(variant, q, estimator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("q", "estimator"), [(3, "central"), slow(1, "jvp")])
 def test_mezo_with_all_leaves_drawn_part_by_part(q, estimator, monkeypatch):
     monkeypatch.setattr(noise, "SMALL", 10)
@@ -464,6 +465,7 @@ def test_sharded_weights_give_the_numbers_of_one_device(name, axis_type):
     np.testing.assert_allclose(found["layers"], alone["layers"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["sgd", slow("conservative")])
 def test_slopes_are_averaged_over_devices(variant):
     params = problems.params()
