@@ -146,7 +146,9 @@ def write(folder, cell, result, seconds, origin):
 
 def origin():
     """Where results of this process come from; to be called at its start, as its code is read."""
-    return {"machine": machine.describe(), "versions": machine.versions(), **_commit()}
+    # A GPU's step may take several times as long with other flags.
+    flags = {"xla_flags": given} if (given := os.environ.get("XLA_FLAGS")) else {}
+    return {"machine": machine.describe(), "versions": machine.versions(), **flags, **_commit()}
 
 
 def _commit():

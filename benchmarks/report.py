@@ -76,7 +76,8 @@ def _origin(record):
                                        if machine["backend"] == "cpu" else "")  # fmt: skip
     tools = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "optax"))
     commit = record["commit"] or "not from a clone"
-    return f"{device}; Python {machine['python']}, {tools}; {commit[:12]}" + (
+    flags = f", {record['xla_flags']}" if record.get("xla_flags") else ""
+    return f"{device}; Python {machine['python']}, {tools}{flags}; {commit[:12]}" + (
         " with changes" if record["dirty"] else ""
     )
 

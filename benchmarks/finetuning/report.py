@@ -97,17 +97,11 @@ def _explanation(cells):
         f"MiniLM-L6 (22.6 M parameters) on RTE, CoLA, SST-2 and STS-B, in batches of "
         f"{cell['batch_size']} ({steps}), AdamW's weight decay and one schedule for all; low-rank "
         f"methods at rank {cell['rank']}, T = {cell['update_proj_gap']}. Texts are cut, to fewer "
-        "tokens in training than in scoring ([PLAN.md](PLAN.md)). Each method has six trials of "
-        "tuning: six learning rates, a factor of 2 apart (LOZO 4), or, where there is a radius, "
-        "two radii at three rates round the rate that was tuned for the same method without "
-        "perturbation (AdamW, GaLore, Fira), whose tuning serves them, too. They are scored on "
-        f"{HELD_OUT} other examples of the train set; the better three are trained and scored on a "
-        f"second draw, too, and the one with the best mean is chosen.{borrowed} It is then "
-        "trained on other draws, one for each seed, and scored on the development set; of one seed "
-        "all methods see the same examples in the same order. (This design is the third. The "
-        "earlier ones were given up after final runs had been seen, [PLAN.md](PLAN.md) says which "
-        "and why; all runs here follow the last.) Scores are in points (100 times the metric): "
-        "accuracy for RTE and SST-2, Matthews' correlation for CoLA, Pearson's for STS-B.",
+        f"tokens in training than in scoring ([PLAN.md](PLAN.md)). {_tuning(cell)}{borrowed} It is "
+        "then trained on other draws, one for each seed, and scored on the development set; of one "
+        "seed all methods see the same examples in the same order. Scores are in points (100 times "
+        "the metric): accuracy for RTE and SST-2, Matthews' correlation for CoLA, Pearson's for "
+        "STS-B.",
         "",
         "Intervals are of 95 %, by Student's t, over seeds and over the examples that score: the "
         "variance of the paired differences between seeds, though no less than what the examples "
@@ -119,6 +113,25 @@ def _explanation(cells):
         "is quoted from a summary of the paper, which names neither the models and tasks that it "
         "is the average of nor its unit.",
     ]
+
+
+def _tuning(cell):
+    if "start" in cell:
+        return (
+            "Each method has three trials of tuning, which differ from the choice with few "
+            "examples by factors of 1/2, 1 and 2 in the learning rate. They are scored on "
+            f"{HELD_OUT} examples of the train set that they are not trained on, and the best is "
+            "chosen."
+        )
+    return (
+        "Each method has six trials of tuning: six learning rates, a factor of 2 apart (LOZO and "
+        "MeZO 4), or, where there is a radius, two radii at three rates round the rate that was "
+        "tuned for the same method without perturbation (AdamW, GaLore, Fira), whose tuning serves "
+        f"them, too. They are scored on {HELD_OUT} other examples of the train set; the better "
+        "three are trained and scored on a second draw, too, and the one with the best mean is "
+        "chosen. (This design is the third. The earlier ones were given up after final runs had "
+        "been seen, [PLAN.md](PLAN.md) says which and why; all runs here follow the last.)"
+    )
 
 
 def _points(result, name):
@@ -236,7 +249,8 @@ def _chosen(runs, methods, tasks, offered, tuned_at):
         if result["rho"] is None:
             return rate
         radii = sorted(offered[method, task]["rho"])
-        return f"{rate}, {result['rho']:g} of {' and '.join(f'{x:g}' for x in radii)}"
+        of = f" of {' and '.join(f'{x:g}' for x in radii)}" if len(radii) > 1 else ""
+        return f"{rate}, {result['rho']:g}{of}"
 
     rows = [[_name(m), *(cell(m, t) for t in tasks)] for m in methods]
     head = f"Tuned learning rate and radius{tuned_at}; an edge is that of the rates tried:"

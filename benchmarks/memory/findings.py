@@ -93,7 +93,21 @@ def _in_short(size, preset, shapes, planned):
     )
     if on_gpu := _by_rank(preset, planned):
         text += f" In bfloat16, compiled for an H100: {on_gpu}."
+    if given := _given_out(preset, shapes):
+        text += f" Steps that a GPU has run, by its allocator's peak: {given}."
     return f"{text} Published for LORENZA: up to {100 * HEADLINE:.0f} %."
+
+
+def _given_out(preset, shapes):
+    """Of runs whose peak was that of the steps, not of what came before."""
+    parts = []
+    for (name, rank), runs in shapes.items():
+        for subject, run in runs.items():
+            ran = run.get("run", {})
+            if name == preset and ran.get("peak", 0) > ran.get("peak_before", 0):
+                of_rank = f" (rank {rank})" if METHODS[subject].has_rank else ""
+                parts.append(f"{METHODS[subject].name}{of_rank} {ran['peak'] / 1e9:.1f} GB")
+    return ", ".join(dict.fromkeys(parts))
 
 
 def _by_rank(preset, shapes):
