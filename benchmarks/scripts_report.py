@@ -31,6 +31,7 @@ OLD_SIDE = (
     "Of square matrices low-rank methods compressed the output side when this was measured, and "
     'not the inputs, as `proj_type="std"` does now.'
 )
+FULL_SPACE = ("adamw", "adazo_sam", "sam", "asam", "mezo")
 PLACES = ("unrolled", "scanned")
 
 
@@ -53,6 +54,15 @@ def section(folder):
     return lines
 
 
+def _of_the_old_side(methods):
+    """Rows that were measured before commits were stored with them."""
+    old = [n for n, one in methods.items() if "commit" not in one and n not in FULL_SPACE]
+    if not old:
+        return []
+    of_eps = " The ε of VLoRP and ProjFactor stood inside the root." * ("vlorp" in old)
+    return [f"{OLD_SIDE} So it was for {', '.join(old)}.{of_eps}"]
+
+
 def _body(name, stored):
     found = stored[name]
     if name == "main_job":
@@ -61,7 +71,7 @@ def _body(name, stored):
         return [*lines, "", _of_the_tuning(rows)] if rows else lines
     if name == "family":
         table = table_of_family.markdown(found).replace("](", "](../").splitlines()
-        return [*table, "", f"{OLD_SIDE} The ε of VLoRP and ProjFactor stood inside the root."]
+        return [*table, "", *_of_the_old_side(found["methods"])]
     if name == "pretrain_tuning":
         return _trials(found)
     if name == "int8_moments":

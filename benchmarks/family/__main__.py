@@ -109,6 +109,7 @@ def tune(name, plan, problem, display):
         "state_bytes_60M": state_bytes_at("60M", entry),
         "optimizer_state_bytes": _bytes(jax.eval_shape(tx.init, params)),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "commit": experiments.origin()["commit"],
     }
 
 

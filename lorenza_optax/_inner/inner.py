@@ -184,12 +184,9 @@ def store_moments(
         return state
     leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_quantized)
     before = leaves if kept is None else treedef.flatten_up_to(kept)
-    # All at once: a program of hundreds of leaves compiles faster for it.
-    keys: Any = [None] * len(leaves)
-    if key is not None:
-        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(len(leaves)))
     stored = []
-    for (path, leaf), old, own_key in zip(leaves, before, keys, strict=True):
+    for index, ((path, leaf), old) in enumerate(zip(leaves, before, strict=True)):
+        own_key = None if key is None else jax.random.fold_in(key, index)
         if is_quantized(leaf) or not _is_moment(leaf):
             stored.append(leaf)
         elif dtype == jnp.int8:
