@@ -16,8 +16,9 @@ unit of work).
 While it runs, a cell tells `display.step(done, total, text)` of its progress.
 
 A finished cell is one file `<id>.json` in the experiment's folder, with the cell, the result and
-where it comes from: machine, versions, seed, commit. Its cell is compared with the one that is
-asked for: a file that was made with other settings is stale and never passes for a result.
+where it comes from: machine, versions, XLA's flags, seed, commit. Its cell is compared with the
+one that is asked for: a file that was made with other settings is stale and never passes for a
+result.
 """
 
 import importlib

@@ -31,7 +31,7 @@ OLD_SIDE = (
     "Of square matrices low-rank methods compressed the output side when this was measured, and "
     'not the inputs, as `proj_type="std"` does now.'
 )
-FULL_SPACE = ("adamw", "adazo_sam", "sam", "asam", "mezo")
+WITHOUT_A_SIDE = ("adamw", "adazo_sam", "sam", "asam", "mezo", "subzero")
 PLACES = ("unrolled", "scanned")
 
 
@@ -56,10 +56,11 @@ def section(folder):
 
 def _of_the_old_side(methods):
     """Rows that were measured before commits were stored with them."""
-    old = [n for n, one in methods.items() if "commit" not in one and n not in FULL_SPACE]
+    old = [n for n, one in methods.items() if "commit" not in one and n not in WITHOUT_A_SIDE]
     if not old:
         return []
-    of_eps = " The ε of VLoRP and ProjFactor stood inside the root." * ("vlorp" in old)
+    inside = [name for name in ("vlorp", "projfactor") if name in old]
+    of_eps = f" The ε of {' and '.join(inside)} stood inside the root." if inside else ""
     return [f"{OLD_SIDE} So it was for {', '.join(old)}.{of_eps}"]
 
 

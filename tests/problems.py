@@ -37,6 +37,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)  # a case that ad
 
 def few(names, usual):
     """All cases, of which by default only the usual ones run."""
+    assert set(usual) <= set(names), f"no cases: {set(usual) - set(names)}"
     return [name if name in usual else slow(name) for name in names]
 
 

@@ -38,7 +38,8 @@ METHODS = {
 STAGES = ("zo_sam_perturbation", "sam", "asam")  # which keep nothing of a gradient
 
 
-USUAL = ("lorenza", "lorenza-rotate-bf16", "lorenza_plus", "adazo_sam")  # which has the stage
+# In adazo_sam stands zo_sam_perturbation.
+USUAL = ("lorenza", "lorenza-rotate-bf16", "lorenza_plus", "adazo_sam")
 
 
 def few_methods(*usual):
@@ -175,7 +176,7 @@ def test_serialization_resumes_bit_for_bit(method, tmp_path):
     chex.assert_trees_all_equal(_train(step, restored["params"], restored["state"], 3), expected)
 
 
-# test_wrappers.py has LORENZA in all of them.
+# Of LORENZA one is enough: test_wrappers.py has it in all of them.
 @few_methods("lorenza-rotate-bf16", "adazo_sam")
 @pytest.mark.parametrize("wrapper", ["masked", "MultiSteps", "apply_if_finite"])
 def test_wrappers_train_by_the_outer_gradient(method, wrapper):
@@ -347,7 +348,7 @@ def test_nnx_optimizer(method):
     "make",
     problems.few(
         ("lorenza", "lorenza-subspace", "zo_sam_perturbation", "sam", "asam"),
-        ("lorenza", "zo_sam_perturbation"),
+        ("lorenza", "lorenza-subspace", "zo_sam_perturbation"),
     ),
 )
 def test_shard_map_averages_over_the_named_axis(make, check_vma):

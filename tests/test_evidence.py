@@ -343,6 +343,34 @@ def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
     assert (nano / "finetuning" / "differences-cpu-20.png").stat().st_size > 1000
 
 
+def test_a_tuning_goes_on_from_that_of_another_size(monkeypatch, tmp_path):
+    with_radius = {None: ((("lorenza_zo",), ("sst2", "cola")),)}
+    everything = ALL._replace(groups=with_radius, max_len=dict.fromkeys(("sst2", "cola"), (8, 9)))
+    small = NANO._replace(groups={20: ((("galore", "lorenza_zo"), LENGTHS),), 24: ()},
+                          tuned_on={"cola": "sst2"})  # fmt: skip
+    monkeypatch.setattr(plan, "PLANS", {"cpu": small, "full": everything})
+    cells = experiments.checked(finetuning.cells("full"))
+    trials = [cell for cell in cells if cell["kind"] == "tuning"]
+    assert [cell["rate_factor"] for cell in trials] == 2 * [0.5, 1, 2]
+    assert all("-sst2-lorenza_zo-" in name for cell in trials for name in cell["start"])
+    asked = []
+
+    def stored(name, cell):
+        asked.append(cell["id"])
+        best = cell["id"].endswith("tune4")
+        found = {"metrics": {"accuracy": float(best)}, "loss": 1.0}
+        return {
+            "result": found | {"learning_rate": 0.1 if best else len(asked), "rho": 0.01 + best}
+        }
+
+    monkeypatch.setattr(experiments, "of_another", stored)
+    monkeypatch.setattr(training, "fine_tune", lambda cell, chosen, display: chosen)
+    assert finetuning.run(trials[3], None, {}) == {"learning_rate": 0.05, "rho": 1.01}
+    assert asked == trials[3]["start"]
+    last = {"metrics": {"accuracy": 1.0}, "loss": 1.0, "learning_rate": 0.2, "rho": 1.01}
+    assert finetuning.run(cells[-1], None, {"": last}) == {"learning_rate": 0.2, "rho": 1.01}
+
+
 def test_a_task_may_take_the_tuning_of_another_one(monkeypatch):
     groups = {20: ((("galore", "lorenza_zo"), LENGTHS),), 24: ((("lorenza_zo",), LENGTHS),)}
     lent = NANO._replace(groups=groups, tuned_on={"stsb": "sst2"})

@@ -117,7 +117,6 @@ def test_encoder_learns_and_is_scored_by_the_tasks_metrics(
     assert result["validation_loss"] == pytest.approx(float(loss), rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
     [

@@ -145,7 +145,6 @@ def test_stochastic_rounding_is_exact_in_expectation(signed):
     assert np.any(np.std(np.asarray(back), axis=0) > 0)
 
 
-@pytest.mark.slow
 def test_a_small_second_moment_goes_on_growing_beside_a_large_one():
     """Rounded to nearest it stays where it is: 0.001 g² is less than half a step."""
     large = np.arange(5000) % BLOCK == 0
@@ -233,8 +232,7 @@ def test_a_step_needs_no_more_temporaries_for_it():
         state = jax.eval_shape(tx.init, params)
         used[dtype] = step_memory(jax.jit(step, donate_argnums=(0, 1)), params, state, x)
     assert used["int8"].arguments < 0.8 * used[None].arguments
-    # In float32 they would add 16 %; with the tests' scheduler int8 moments add 4 % as it is.
-    assert used["int8"].temporaries < 1.06 * used[None].temporaries
+    assert used["int8"].temporaries < 1.02 * used[None].temporaries
 
 
 ASCENTS = {

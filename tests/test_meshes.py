@@ -145,7 +145,7 @@ def _cells():
     pairs = [(layout, "value_fn") for layout in LAYOUTS] + [("both", way) for way in WAYS]
     for layout, way in dict.fromkeys(pairs):
         for kind in (AxisType.Auto, AxisType.Explicit):
-            auto = way == "value_fn" and layout in ("data-parallel", "tensor-parallel")
+            auto = way == "value_fn" and layout != "both"
             explicit = way == "value_fn-subspace-sketch"
             usual = auto if kind == AxisType.Auto else explicit
             marks = () if usual else (pytest.mark.slow,)
@@ -251,8 +251,8 @@ def test_a_refresh_from_a_sharded_gradient_gathers_nothing(layout):
         problems.slow("both", "gradient", "subspace"),
         problems.slow("both", "sketch", "value_fn"),
         ("both", "sketch", "subspace"),
-        ("data-parallel", "sketch", "value_fn"),
-        problems.slow("tensor-parallel", "gradient", "value_fn"),
+        problems.slow("data-parallel", "sketch", "value_fn"),
+        ("tensor-parallel", "gradient", "value_fn"),
         problems.slow("tensor-parallel", "sketch", "subspace"),
     ],
 )

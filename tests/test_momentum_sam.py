@@ -153,7 +153,6 @@ def test_somebody_elses_loops():
         optax.tree.map_params(tx, lambda leaf: leaf, train_state.opt_state)
 
 
-@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_moves_nothing():
     numbers = {"weight_dimension_numbers": NUMBERS}
     tx = momentum_sam(

@@ -465,7 +465,6 @@ def test_sharded_weights_give_the_numbers_of_one_device(name, axis_type):
     np.testing.assert_allclose(found["layers"], alone["layers"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["sgd", slow("conservative")])
 def test_slopes_are_averaged_over_devices(variant):
     params = problems.params()

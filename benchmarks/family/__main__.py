@@ -21,7 +21,6 @@ import optax
 
 import corpus
 import llama
-import machine
 import optimizers
 import pretrain
 import reporting
@@ -109,7 +108,6 @@ def tune(name, plan, problem, display):
         "state_bytes_60M": state_bytes_at("60M", entry),
         "optimizer_state_bytes": _bytes(jax.eval_shape(tx.init, params)),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "commit": experiments.origin()["commit"],
     }
 
 
@@ -138,9 +136,8 @@ def main():
     documents, description = corpus.read_documents(None)
     data = corpus.tokenize(documents, description, "bytes", 256, plan.seq_len)
     problem = pretrain.problem_of(plan, data)
+    origin = experiments.origin()
     where = {
-        "machine": machine.describe(),
-        "versions": machine.versions(),
         "corpus": data.fingerprint,
         "steps": plan.steps,
         "settings": plan.settings._asdict(),
@@ -149,13 +146,14 @@ def main():
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if {k: stored.get(k) for k in where} != json.loads(json.dumps(where)):
         stored = {**where, "methods": {}}
+    stored |= {key: origin[key] for key in ("machine", "versions")}  # of the last rows
     start = problem.evaluate(problem.init())["validation_loss"]
     stored["initial_validation_loss"] = start
     for name in arguments.method or optimizers.OPTIMIZERS:
         if name in stored["methods"] and not arguments.again:
             continue
         result = tune(name, plan, problem, display)
-        stored["methods"][name] = result
+        stored["methods"][name] = result | {key: origin[key] for key in ("commit", "dirty")}
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
         best = result["best"]
         display.note(f"{name}: best {best['validation_loss']} at {best['learning_rate']:g}")

@@ -96,9 +96,8 @@ def _explanation(cells):
     return [
         f"MiniLM-L6 (22.6 M parameters) on RTE, CoLA, SST-2 and STS-B, in batches of "
         f"{cell['batch_size']} ({steps}), AdamW's weight decay and one schedule for all; low-rank "
-        f"methods at rank {cell['rank']}, T = {cell['update_proj_gap']}. Texts are cut, to fewer "
-        f"tokens in training than in scoring ([PLAN.md](PLAN.md)). {_tuning(cell)}{borrowed} It is "
-        "then trained on other draws, one for each seed, and scored on the development set; of one "
+        f"methods at rank {cell['rank']}, T = {cell['update_proj_gap']}. {_tuning(cell)}{borrowed} "
+        f"It is then trained {_trained(cell)}, and scored on the development set; of one "
         "seed all methods see the same examples in the same order. Scores are in points (100 times "
         "the metric): accuracy for RTE and SST-2, Matthews' correlation for CoLA, Pearson's for "
         "STS-B.",
@@ -119,11 +118,12 @@ def _tuning(cell):
     if "start" in cell:
         return (
             "Each method has three trials of tuning, which differ from the choice with few "
-            "examples by factors of 1/2, 1 and 2 in the learning rate. They are scored on "
-            f"{HELD_OUT} examples of the train set that they are not trained on, and the best is "
-            "chosen."
+            "examples (for CoLA and RTE that of SST-2) by factors of 1/2, 1 and 2 in the learning "
+            f"rate, at its radius. They are scored on {HELD_OUT} examples of the train set that "
+            "they are not trained on, and the best is chosen."
         )
     return (
+        "Texts are cut, to fewer tokens in training than in scoring ([PLAN.md](PLAN.md)). "
         "Each method has six trials of tuning: six learning rates, a factor of 2 apart (LOZO and "
         "MeZO 4), or, where there is a radius, two radii at three rates round the rate that was "
         "tuned for the same method without perturbation (AdamW, GaLore, Fira), whose tuning serves "
@@ -132,6 +132,12 @@ def _tuning(cell):
         "chosen. (This design is the third. The earlier ones were given up after final runs had "
         "been seen, [PLAN.md](PLAN.md) says which and why; all runs here follow the last.)"
     )
+
+
+def _trained(cell):
+    if "start" in cell:
+        return "on all examples, in another order and from another head for each seed"
+    return "on other draws, one for each seed"
 
 
 def _points(result, name):
