@@ -31,7 +31,6 @@ OLD_SIDE = (
     "Of square matrices low-rank methods compressed the output side when this was measured, and "
     'not the inputs, as `proj_type="std"` does now.'
 )
-WITHOUT_A_SIDE = ("adamw", "adazo_sam", "sam", "asam", "mezo", "subzero")
 PLACES = ("unrolled", "scanned")
 
 
@@ -54,16 +53,6 @@ def section(folder):
     return lines
 
 
-def _of_the_old_side(methods):
-    """Rows that were measured before commits were stored with them."""
-    old = [n for n, one in methods.items() if "commit" not in one and n not in WITHOUT_A_SIDE]
-    if not old:
-        return []
-    inside = [name for name in ("vlorp", "projfactor") if name in old]
-    of_eps = f" The ε of {' and '.join(inside)} stood inside the root." if inside else ""
-    return [f"{OLD_SIDE} So it was for {', '.join(old)}.{of_eps}"]
-
-
 def _body(name, stored):
     found = stored[name]
     if name == "main_job":
@@ -71,8 +60,7 @@ def _body(name, stored):
         rows = stored.get("pretrain_tuning")
         return [*lines, "", _of_the_tuning(rows)] if rows else lines
     if name == "family":
-        table = table_of_family.markdown(found).replace("](", "](../").splitlines()
-        return [*table, "", *_of_the_old_side(found["methods"])]
+        return table_of_family.markdown(found).replace("](", "](../").splitlines()
     if name == "pretrain_tuning":
         return _trials(found)
     if name == "int8_moments":
