@@ -314,7 +314,10 @@ def test_fine_tuning_from_trials_to_the_report(nano, monkeypatch):
     assert np.mean(agreement) == pytest.approx(final["metrics"]["accuracy"])
     scores = records["cpu-20-stsb-adamw-seed1"]["result"]
     found = np.corrcoef(scores["labels"], scores["predictions"])[0, 1]
-    assert found == pytest.approx(scores["metrics"]["pearson"], abs=1e-5)
+    # Nine digits are stored, of numbers below 10 that in so small a model hardly differ.
+    rounding = 5e-9 / np.std(scores["predictions"])
+    assert rounding < 1e-3
+    assert found == pytest.approx(scores["metrics"]["pearson"], abs=2 * rounding)
     lora = records["cpu-20-sst2-lora-seed0"]["result"]
     assert lora["trained_parameters"] < final["trained_parameters"]
 

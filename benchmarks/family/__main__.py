@@ -138,6 +138,7 @@ def main():
     problem = pretrain.problem_of(plan, data)
     origin = experiments.origin()
     where = {
+        "versions": origin["versions"],
         "corpus": data.fingerprint,
         "steps": plan.steps,
         "settings": plan.settings._asdict(),
@@ -146,7 +147,7 @@ def main():
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if {k: stored.get(k) for k in where} != json.loads(json.dumps(where)):
         stored = {**where, "methods": {}}
-    stored |= {key: origin[key] for key in ("machine", "versions")}  # of the last rows
+    stored["machine"] = origin["machine"]  # of the last rows
     start = problem.evaluate(problem.init())["validation_loss"]
     stored["initial_validation_loss"] = start
     for name in arguments.method or optimizers.OPTIMIZERS:
