@@ -27,10 +27,6 @@ MAIN_JOB = (
     "comes to {freed}, of {theirs} settings. Of three seeds and two texts, "
     "tuned alike and apart from what is reported, the same model is in pretraining above."
 )
-OLD_SIDE = (
-    "Of square matrices low-rank methods compressed the output side when this was measured, and "
-    'not the inputs, as `proj_type="std"` does now.'
-)
 PLACES = ("unrolled", "scanned")
 
 
@@ -66,7 +62,7 @@ def _body(name, stored):
     if name == "int8_moments":
         return [*_moments(found), "", *_bars(found)]
     if name == "ascent":
-        return [*table_of_ascents.markdown(found, stored["step_cost"]).splitlines(), "", OLD_SIDE]
+        return table_of_ascents.markdown(found, stored["step_cost"]).splitlines()
     if name == "zeroth_order_memory":
         return [*_copies(found), "", *_bars(found)]
     return _bars(found)
