@@ -23,7 +23,6 @@ import rich.progress
 
 import lorenza_optax
 import machine
-import optimizers
 from benchmarks import experiments, options
 from benchmarks.ascent import tasks
 from benchmarks.ascent.choices import (
@@ -137,12 +136,14 @@ class Meter:
 def follow(name, task, arguments, radii, console):
     """Trains, and measures on the way; what the JSON file keeps of this task."""
     meter = Meter(task, arguments.draws, radii)
-    tx, params, opt_state = task.optimizer(), task.params, task.full_state()
-    call = optimizers.OPTIMIZERS["lorenza"].call
+    tx, params = task.optimizer(), task.params
+    opt_state = tx.init(params)
+    value_and_grad = lorenza_optax.perturbed_value_and_grad(task.loss, rho=task.settings.rho)
 
     @jax.jit
     def train_step(params, opt_state, batch):
-        value, updates, opt_state = call(tx, task.loss, params, opt_state, batch)
+        value, gradient = value_and_grad(params, batch, opt_state=opt_state)
+        updates, opt_state = tx.update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
     checkpoints, losses = task.checkpoints(), []

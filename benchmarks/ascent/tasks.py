@@ -35,16 +35,13 @@ class Task(NamedTuple):
         return optimizers.learning_rate_schedule(self.learning_rate, self.steps)
 
     def optimizer(self):
-        """LORENZA as in the main job: the published ascent with one probe."""
-        return optimizers.lorenza(self.schedule, self.settings)
+        """LORENZA as in the main job, keeping the singular values that scaled probes need.
 
-    def full_state(self):
-        """A state of it that holds the singular values too, which scaled probes need.
-
-        It is kept up to date by the same `update`, which reads no more of it than of its own.
+        These are a choice of arguments beside the published ascent, so it is given gradients at
+        that ascent's point, and perturbs nothing by itself.
         """
-        scaled = functools.partial(lorenza_optax.lorenza, scale_probes=True)
-        return optimizers.lorenza(self.schedule, self.settings, scaled).init(self.params)
+        keeping = functools.partial(lorenza_optax.lorenza, scale_probes=True)
+        return optimizers.lorenza(self.schedule, self.settings, keeping)
 
     def checkpoints(self):
         """Steps to measure at: not those of a refresh, whose subspace is just being replaced."""
