@@ -7,8 +7,9 @@ At several steps of a run, on the parameters, the optimizer's state and the batc
 each choice gives its perturbation of length rho, as `perturbed_value_and_grad` takes it. Told of
 each are its cosine to the batch gradient over all leaves, the rise of the batch loss that it
 makes as a share of the rise that SAM on all leaves makes with the same rho, and the passes spent
-to find it. Written are benchmarks/results/ascent.json and ascent.png. Exits with 1 where
-"subspace" finds less than 85 % of SAM's rise.
+to find it. Written after each task are benchmarks/results/ascent.json and ascent.png; of an
+earlier run they keep the tasks that are not run again, if the rest was the same. Exits with 1
+where "subspace" finds less than 85 % of SAM's rise.
 """
 
 import json
@@ -228,35 +229,52 @@ def main():
     console = rich.console.Console(highlight=False)
     if not console.is_terminal:
         console.width = 110
-    results = {}
+    found = kept(arguments)
     for name in arguments.task:
         task = tasks.TASKS[name](arguments)
-        results[name] = follow(name, task, arguments, radii, console)
-        console.print(table(results[name], radii))
+        found[name] = follow(name, task, arguments, radii, console)
+        console.print(table(found[name], radii))
+        store(arguments, found, radii)
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    plot(list(results.values()), radii[0], arguments.out / "ascent.png")
     passed = True
-    for name, result in results.items():
-        row = result["choices"][SUBSPACE]
-        for radius, share in row["share"].items():
+    for name in arguments.task:
+        for radius in map(str, radii):
+            row = found[name]["choices"][SUBSPACE]
+            share = row["share"][radius]
             passed &= share >= BAR
             console.print(
                 f"{'pass' if share >= BAR else 'FAIL'}  {name}, rho={radius}: subspace finds "
                 f"{share:.1%} of SAM's rise for {row['passes']} passes (bar: {BAR:.0%})"
             )
-    stored = {
-        key: value for key, value in vars(arguments).items() if key not in ("out", "data_dir")
-    }
-    summary = {
-        "tasks": results,
-        "bar": {"share": BAR, "passed": passed},
-        "arguments": stored,
+    sys.exit(0 if passed else 1)
+
+
+def conditions(arguments):
+    """What all tasks of a file were measured with."""
+    without = ("out", "data_dir", "task")
+    return {
+        "arguments": {k: value for k, value in vars(arguments).items() if k not in without},
         "machine": machine.describe(),
         "versions": machine.versions(),
     }
+
+
+def kept(arguments):
+    """The tasks that are stored already, if they were measured under the same conditions."""
+    path = arguments.out / "ascent.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    same = conditions(arguments).items() <= earlier.items()
+    return earlier["tasks"] if same else {}
+
+
+def store(arguments, found, radii):
+    ordered = {name: found[name] for name in tasks.TASKS if name in found}
+    shares = [one["choices"][SUBSPACE]["share"][str(r)] for one in ordered.values() for r in radii]
+    bar = {"share": BAR, "passed": min(shares) >= BAR}
+    summary = {"tasks": ordered, "bar": bar, **conditions(arguments)}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    plot(list(ordered.values()), radii[0], arguments.out / "ascent.png")
     (arguments.out / "ascent.json").write_text(json.dumps(summary, indent=1) + "\n")
-    sys.exit(0 if passed else 1)
 
 
 if __name__ == "__main__":
