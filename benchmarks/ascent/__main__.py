@@ -8,8 +8,8 @@ each choice gives its perturbation of length rho, as `perturbed_value_and_grad` 
 each are its cosine to the batch gradient over all leaves, the rise of the batch loss that it
 makes as a share of the rise that SAM on all leaves makes with the same rho, and the passes spent
 to find it. Written after each task are benchmarks/results/ascent.json and ascent.png; of an
-earlier run they keep the tasks that are not run again, if the rest was the same. Exits with 1
-where "subspace" finds less than 85 % of SAM's rise.
+earlier run they keep the tasks that are not run again, if all else was the same, the commit too.
+Exits with 1 where "subspace" finds less than 85 % of SAM's rise.
 """
 
 import json
@@ -23,7 +23,6 @@ import rich.console
 import rich.progress
 
 import lorenza_optax
-import machine
 from benchmarks import experiments, options
 from benchmarks.ascent import tasks
 from benchmarks.ascent.choices import (
@@ -174,9 +173,9 @@ def follow(name, task, arguments, radii, console):
             params, opt_state, value = train_step(params, opt_state, batch)
             losses.append(float(value))
             if own_loss is not None:
-                # What was measured is what the training step did.
+                # Measured is the point at which the training step has taken its gradient.
                 error = abs(own_loss / losses[-1] - 1)
-                check(error < 1e-5, f"{OWN} gives {own_loss}, and the update {losses[-1]}")
+                check(error < 1e-5, f"{OWN} gives {own_loss}, and training {losses[-1]}")
             progress.advance(training)
     tenth = max(1, len(losses) // 10)
     first, last = statistics.fmean(losses[:tenth]), statistics.fmean(losses[-tenth:])
@@ -229,12 +228,13 @@ def main():
     console = rich.console.Console(highlight=False)
     if not console.is_terminal:
         console.width = 110
-    found = kept(arguments)
+    same = conditions(arguments)
+    found = kept(arguments.out, same)
     for name in arguments.task:
         task = tasks.TASKS[name](arguments)
         found[name] = follow(name, task, arguments, radii, console)
         console.print(table(found[name], radii))
-        store(arguments, found, radii)
+        store(arguments.out, found, same, radii)
 
     passed = True
     for name in arguments.task:
@@ -254,27 +254,25 @@ def conditions(arguments):
     without = ("out", "data_dir", "task")
     return {
         "arguments": {k: value for k, value in vars(arguments).items() if k not in without},
-        "machine": machine.describe(),
-        "versions": machine.versions(),
+        **experiments.origin(),
     }
 
 
-def kept(arguments):
+def kept(folder, same):
     """The tasks that are stored already, if they were measured under the same conditions."""
-    path = arguments.out / "ascent.json"
+    path = folder / "ascent.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    same = conditions(arguments).items() <= earlier.items()
-    return earlier["tasks"] if same else {}
+    return earlier["tasks"] if same.items() <= earlier.items() else {}
 
 
-def store(arguments, found, radii):
+def store(folder, found, same, radii):
     ordered = {name: found[name] for name in tasks.TASKS if name in found}
     shares = [one["choices"][SUBSPACE]["share"][str(r)] for one in ordered.values() for r in radii]
     bar = {"share": BAR, "passed": min(shares) >= BAR}
-    summary = {"tasks": ordered, "bar": bar, **conditions(arguments)}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    plot(list(ordered.values()), radii[0], arguments.out / "ascent.png")
-    (arguments.out / "ascent.json").write_text(json.dumps(summary, indent=1) + "\n")
+    summary = {"tasks": ordered, "bar": bar, **same}
+    folder.mkdir(parents=True, exist_ok=True)
+    plot(list(ordered.values()), radii[0], folder / "ascent.png")
+    (folder / "ascent.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -123,14 +123,14 @@ def _tuning(cell):
             "they are not trained on, and the best is chosen."
         )
     return (
+        "(LOZO is at rank 2 and T = 50, its own, with embeddings among its matrices.) "
         "Texts are cut, to fewer tokens in training than in scoring ([PLAN.md](PLAN.md)). "
         "Each method has six trials of tuning: six learning rates, a factor of 2 apart (LOZO and "
         "MeZO 4), or, where there is a radius, two radii at three rates round the rate that was "
         "tuned for the same method without perturbation (AdamW, GaLore, Fira), whose tuning serves "
         f"them, too. They are scored on {HELD_OUT} other examples of the train set; the better "
         "three are trained and scored on a second draw, too, and the one with the best mean is "
-        "chosen. (This design is the third. The earlier ones were given up after final runs had "
-        "been seen, [PLAN.md](PLAN.md) says which and why; all runs here follow the last.)"
+        "chosen. (This is the third design; two were given up after final runs had been seen.)"
     )
 
 

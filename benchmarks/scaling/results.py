@@ -33,8 +33,10 @@ class Found:
                 kind[axis, cell["shape"][2], cell["devices"]] = result
             elif cell["kind"] == "compile":
                 kind.setdefault(axis, {}).setdefault(cell["optimizer"], {})[point] = result
+            elif cell["kind"] == "flops":
+                kind[axis, point] = result, cell["shape"]
             else:
-                optimizers = result if cell["kind"] == "flops" else result["optimizers"]
+                optimizers = {n: undisturbed(one, cell) for n, one in result["optimizers"].items()}
                 kind[axis, point] = optimizers, cell["shape"]
         self.flops, self.programs = kinds["flops"], kinds["compile"]
         self.times, self.devices = kinds["time"], kinds["devices"]
@@ -61,6 +63,11 @@ class Found:
         strong = {n: found for (b, n), found in here.items() if b == largest}
         weak = {n: found for (b, n), found in here.items() if b == n * share}
         return dict(sorted(strong.items())), dict(sorted(weak.items()))
+
+
+def undisturbed(result, cell):
+    """Without the steps of rounds in which others refresh: what runs after a refresh is slower."""
+    return {**result, "seconds": result["seconds"][: -cell["refresh_rounds"]]}
 
 
 def making(program):
