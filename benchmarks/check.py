@@ -1,6 +1,6 @@
 """Runs one cell of each table again and says whether it lands within its interval.
 
-    python -m benchmarks.check --data-dir FOLDER               # some minutes on two cores
+    python -m benchmarks.check --data-dir FOLDER               # half an hour
     python -m benchmarks.check pretraining memory
 
 The same machine and versions give the same losses to the bit; others round otherwise, and training
