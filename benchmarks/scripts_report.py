@@ -62,10 +62,25 @@ def _body(name, stored):
     if name == "int8_moments":
         return [*_moments(found), "", *_bars(found)]
     if name == "ascent":
-        return table_of_ascents.markdown(found, stored["step_cost"]).splitlines()
+        lines = table_of_ascents.markdown(found, stored["step_cost"]).splitlines()
+        return [*lines, "", _least_share(found)]
     if name == "zeroth_order_memory":
         return [*_copies(found), "", *_bars(found)]
     return _bars(found)
+
+
+def _least_share(ascent):
+    shares = [
+        (share, task, radius)
+        for task, one in ascent["tasks"].items()
+        for radius, share in one["choices"]["subspace"]["share"].items()
+    ]
+    least, task, radius = min(shares)
+    return (
+        f'The rise is at rho = {ascent["arguments"]["rho"]}. Over tasks and radii "subspace" finds '
+        f"at least {100 * least:.1f} % of SAM's ({task}, rho = {radius}), where "
+        f"{100 * ascent['bar']['share']:.0f} % were asked for."
+    )
 
 
 def _of_the_tuning(rows):
