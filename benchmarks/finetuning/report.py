@@ -87,7 +87,7 @@ def _explanation(cells):
     cell = cells[0]
     budgets = {c["examples"]: c["epochs"] for c in cells if METHODS[c["method"]].longer == 1}
     steps = ", ".join(
-        f"{examples or 'all'} examples {epochs} epochs"
+        f"{examples or 'all'} examples {epochs} epoch{'s' * (epochs > 1)}"
         + (f" ({examples * epochs // cell['batch_size']} steps)" if examples else "")
         for examples, epochs in budgets.items()
     )  # fmt: skip
@@ -97,7 +97,7 @@ def _explanation(cells):
         f"MiniLM-L6 (22.6 M parameters) on RTE, CoLA, SST-2 and STS-B, in batches of "
         f"{cell['batch_size']} ({steps}), AdamW's weight decay and one schedule for all; low-rank "
         f"methods at rank {cell['rank']}, T = {cell['update_proj_gap']}. {_tuning(cell)}{borrowed} "
-        f"It is then trained {_trained(cell)}, and scored on the development set; of one "
+        f"It is then trained {_trained(budgets.keys())}, and scored on the development set; of one "
         "seed all methods see the same examples in the same order. Scores are in points (100 times "
         "the metric): accuracy for RTE and SST-2, Matthews' correlation for CoLA, Pearson's for "
         "STS-B.",
@@ -134,10 +134,10 @@ def _tuning(cell):
     )
 
 
-def _trained(cell):
-    if "start" in cell:
-        return "on all examples, in another order and from another head for each seed"
-    return "on other draws, one for each seed"
+def _trained(numbers):
+    of_few = ["on other draws, one for each seed"] * (numbers != {None})
+    of_all = ["on all examples, in another order and from another head for each seed"]
+    return " or ".join(of_few + of_all * (None in numbers))
 
 
 def _points(result, name):
@@ -156,7 +156,7 @@ def _averages(cells, tasks):
 def _scores(runs, methods, tasks, averages):
     rows = []
     for method in methods:
-        row, means = [_name(method)], {}
+        row, means = [tables.NAMES[method]], {}
         for task in tasks:
             results = runs.get((method, task))
             if results is None:
@@ -202,22 +202,23 @@ def _differences(runs, method, baseline, tasks, averages):
 def _differences_table(differences, baseline, methods, tasks, averages):
     columns = [*tasks, *averages]
     rows = [
-        [_name(method), *(_interval(found.get(name)) for name in columns)]
+        [tables.NAMES[method], *(_interval(found.get(name)) for name in columns)]
         for method in methods
         if (found := differences.get((method, baseline)))
     ]
     if not rows:
-        return [f"Nothing to compare with {_name(baseline)} yet."]
+        return [f"Nothing to compare with {tables.NAMES[baseline]} yet."]
     return [
-        f"Points above {_name(baseline)}, with intervals of 95 %:",
+        f"Points above {tables.NAMES[baseline]}, with intervals of 95 %:",
         "",
         *tables.markdown(["method", *columns], rows),
     ]
 
 
 def _average(found):
-    """That of the tasks which were tuned themselves, or None."""
-    return next((of for name, of in found.items() if name.startswith("average")), None)
+    """That of the tasks which were tuned themselves, or else of all."""
+    names = [name for name in found if name.startswith("average")]
+    return found.get(next(iter(names), "all"))
 
 
 def _interval(difference):
@@ -258,7 +259,7 @@ def _chosen(runs, methods, tasks, offered, tuned_at):
         of = f" of {' and '.join(f'{x:g}' for x in radii)}" if len(radii) > 1 else ""
         return f"{rate}, {result['rho']:g}{of}"
 
-    rows = [[_name(m), *(cell(m, t) for t in tasks)] for m in methods]
+    rows = [[tables.NAMES[m], *(cell(m, t) for t in tasks)] for m in methods]
     head = f"Tuned learning rate and radius{tuned_at}; an edge is that of the rates tried:"
     return [head, "", *tables.markdown(["method", *tasks], rows)]
 
@@ -268,7 +269,7 @@ def _costs(runs, methods, tasks):
     for method in methods:
         some = next(runs[method, task][0] for task in tasks if (method, task) in runs)
         trained, state = (some[key] for key in ("trained_parameters", "optimizer_state_bytes"))
-        rows.append([_name(method), f"{trained / 1e6:.2f} M", f"{state / 1e6:.1f} MB"])
+        rows.append([tables.NAMES[method], f"{trained / 1e6:.2f} M", f"{state / 1e6:.1f} MB"])
     return [
         "Trained parameters and optimizer state:",
         "",
@@ -281,12 +282,12 @@ def _findings(differences, title, size, averaged):
     parts = []
     for method in SUBJECTS:
         against = [
-            f"{_name(baseline)} {_interval(average)}"
+            f"{tables.NAMES[baseline]} {_interval(average)}"
             for baseline in BASELINES
             if (average := _average(differences.get((method, baseline), {})))
         ]
         if against:
-            parts.append(f"{_name(method)} against {', against '.join(against)}")
+            parts.append(f"{tables.NAMES[method]} against {', against '.join(against)}")
     if not parts:
         return []
     return [
@@ -294,7 +295,3 @@ def _findings(differences, title, size, averaged):
         f"of {' and '.join(glue.TASKS[task].folder for task in averaged)}: {'; '.join(parts)}. "
         "Reported of the paper, over low-rank baselines: +2.8 %."
     ]
-
-
-def _name(method):
-    return tables.NAMES.get(method, method)

@@ -61,7 +61,7 @@ def refuse_wrapped(
             raise ValueError(
                 f"{why} The wrapper whose state is a {type(node).__name__} expects gradients like"
                 " the parameters: take them with lorenza_optax.perturbed_value_and_grad instead, or"
-                " take the wrapper away."
+                " take the wrapper away (zeroth-order methods, which use no gradient, go without)."
             )
 
 
