@@ -247,10 +247,10 @@ def lorenza(
         which is then formed at every update.
       factor_dtype: Dtype in which Q and R are kept; None for that of the parameters.
       moment_dtype: "float32" (also None), or rounded stochastically "bfloat16" or "int8": 8-bit
-        codes with a scale for each 256 entries; arrays of fewer than 4096 stay float32.
+        codes with a scale for each 256 entries; float32 below 4096, or 64 along the last axis.
       weight_dimension_numbers: Which axes form the matrix of which leaf, as in
         :func:`projection_plan`: for scanned layers, attention kernels, or a choice of layers.
-      subspace: "randomized_svd", or "svd" for a full decomposition.
+      subspace: "randomized_svd", or "svd" for a full decomposition; of gradients, not sketches.
       axis_name: Mapped axis over which the loss is per device; slopes and gradients are
         averaged over it.
       seed: Seed of sketches and probes. The same seed and state give the same bits.

@@ -252,3 +252,31 @@ def test_multi_steps_average_what_the_outer_gradient_gives():
                 t > 0
             )  # perturbed, once there is a subspace
     chex.assert_trees_all_close(one, two, atol=5e-5)
+
+
+@pytest.mark.parametrize("refresh", ["gradient", "sketch"])
+def test_a_head_that_begins_at_zero_leaves_one_basis_to_a_sum(refresh):
+    """It hides the gradient of what is below: the refresh stays due, but in the next update."""
+    params = {"body": jax.random.normal(jax.random.key(0), (12, 16)), "head": jnp.zeros((16, 10))}
+    batches = jax.random.normal(jax.random.key(1), (3, 20, 12))
+
+    def loss(params, x):
+        return jnp.mean((jnp.tanh(x @ params["body"]) @ params["head"] - x[:, :10]) ** 2)
+
+    shared = {"rank": 3, "rho": 0.0, "refresh": refresh, "base_optimizer": optax.identity()}
+    tx = lorenza_optax.scale_by_lorenza(**shared)
+    value_and_grad = lorenza_optax.subspace_value_and_grad(loss, **shared)
+    _, first, one = value_and_grad(params, batches[0], opt_state=tx.init(params))
+    _, second, two = value_and_grad(params, batches[1], opt_state=one)
+    chex.assert_trees_all_equal((one.q, one.r), (two.q, two.r))
+    assert jnp.any(one.q["head"] if "head" in one.q else one.r["head"])
+    updates, after = tx.update(jax.tree.map(jnp.add, first, second), two, params)
+    whole = jax.tree.map(jnp.add, *(jax.grad(loss)(params, x)["head"] for x in batches[:2]))
+    if refresh == "gradient":
+        # The head has 10 columns and is compressed from the right.
+        expected = whole @ one.r["head"].T @ one.r["head"]
+        np.testing.assert_allclose(updates["head"], expected, atol=1e-6)
+    params = optax.apply_updates(params, jax.tree.map(lambda u: -0.1 * u, updates))
+    _, _, third = value_and_grad(params, batches[2], opt_state=after)
+    assert int(one.last_refresh) < 0
+    assert int(third.last_refresh) == 1

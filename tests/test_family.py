@@ -370,3 +370,24 @@ def test_shard_map_averages_over_the_named_axis(name):
     specs = {"mesh": mesh, "in_specs": (P(), P(), P("data")), "out_specs": (P(), P())}
     sharded = train(make(axis_name="data"), lambda step: jax.shard_map(step, **specs))
     chex.assert_trees_all_close(sharded, train(make(), lambda step: step), rtol=5e-3, atol=1e-3)
+
+
+OUT_OF_RANGE = {
+    "b1": [1.5, -0.1],
+    "b2": [1.0, "x", lambda count: 0.9],
+    "eps": [-1e-8],
+    "weight_decay": ["x", float("inf")],
+}
+
+
+@pytest.mark.parametrize("name", [*METHODS, "lorenza", "lorenza_plus", "adazo_sam"])
+def test_decays_and_epsilon_out_of_range_are_refused(name):
+    factory = getattr(methods if name in METHODS else lorenza_optax, name)
+    known = inspect.signature(factory).parameters
+    given = METHODS.get(name, {"rank": 3} if "rank" in known else {}) | {"learning_rate": 1e-2}
+    if name == "mezo":
+        given = given | {"variant": "adam"}
+    for argument in OUT_OF_RANGE.keys() & known.keys():
+        for value in OUT_OF_RANGE[argument]:
+            with pytest.raises((TypeError, ValueError), match=f"{argument} must be"):
+                factory(**given | {argument: value})

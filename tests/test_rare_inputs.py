@@ -1,5 +1,7 @@
 """What is rare but legal: gradients of zero, huge ones, leaves without entries, mixed dtypes."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -63,6 +65,28 @@ def test_the_first_subspace_waits_for_a_gradient(name):
     states = _steps(REFRESHING[name](), set(range(10)), 4)
     assert [int(state.last_refresh) for state in states] == [-1, -1, -1, 3]
     assert np.linalg.matrix_rank(_projector(states[3])) == 4
+
+
+def test_updates_that_were_skipped_are_not_the_first_ones():
+    """Loss scaling begins with some: the first subspace still has its tries to come."""
+    params = {"body": jnp.ones((8, 16)), "head": jnp.zeros((16, 12))}
+    x = jax.random.normal(jax.random.key(0), (4, 8))
+
+    def loss(params, scale):
+        return scale * jnp.mean((jnp.sin(x @ params["body"]) @ params["head"] - 1) ** 2)
+
+    refreshes = {}
+    for refresh in ("gradient", "sketch"):
+        tx = lorenza_optax.lorenza(1e-2, 4, update_proj_gap=100, rho=0.0, refresh=refresh)
+        state, step = tx.init(params), jax.jit(functools.partial(tx.update, value_fn=loss))
+        at, refreshes[refresh] = params, []
+        for t in range(7):
+            updates, state = step(None, state, at, scale=jnp.where(t < 3, jnp.inf, 1.0))
+            at = optax.apply_updates(at, updates)
+            refreshes[refresh].append(int(state[0].last_refresh))
+        assert int(state[0].skipped) == 3
+    assert refreshes == {"gradient": [-1, -1, -1, -1, 4, 4, 4],
+                         "sketch": [-1, -1, -1, -1, 4, 5, 5]}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["galore", "gum", problems.slow("lotus"), problems.slow("cosmos")])
@@ -133,3 +157,40 @@ def test_states_that_hold_trees_like_the_parameters(wrap):
     _, gradients = lorenza_optax.perturbed_value_and_grad(loss)(params, opt_state=state)
     jax.tree.map(lambda g, p: np.testing.assert_allclose(g, 2 * p, rtol=0.1), gradients, params)
     assert int(lorenza_optax.diagnostics(state)["skipped_steps"]) == 0
+
+
+FULL_SPACE = {
+    "mezo": methods.mezo(1e-2),
+    "adazo_sam": lorenza_optax.adazo_sam(1e-2),
+    "lorenza": lorenza_optax.lorenza(1e-2, 4),
+    "sam": optax.chain(methods.sam(), optax.sgd(1e-2)),
+    "zo_sam": optax.chain(lorenza_optax.zo_sam_perturbation(), optax.sgd(1e-2)),
+}
+
+
+@pytest.mark.parametrize("name", FULL_SPACE)
+def test_trees_without_leaves_and_numbers_that_are_no_arrays(name):
+    tx = FULL_SPACE[name]
+    updates, _ = tx.update(None, tx.init({}), {}, value_fn=lambda p: jnp.ones(()))
+    assert updates == {}
+    params = {"kernel": jnp.ones((16, 8)), "temperature": 0.5}
+    loss = lambda p: p["temperature"] * jnp.mean(p["kernel"] @ jnp.arange(8.0))  # noqa: E731
+    state = tx.init(params)
+    updates, _ = tx.update(None, state, params, value_fn=loss)
+    moved = optax.apply_updates(params, updates)
+    assert loss(moved) < loss(params)
+    assert moved["temperature"] != 0.5
+    if name != "mezo":
+        _, gradients = lorenza_optax.perturbed_value_and_grad(loss, rho=0.0)(
+            params, opt_state=state
+        )
+        np.testing.assert_allclose(gradients["temperature"], 28, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sam", "zo_sam", "adazo_sam", "lorenza"])
+def test_a_loss_that_is_not_finite_is_not_kept(name):
+    tx, params = FULL_SPACE[name], {"kernel": jnp.ones((16, 8))}
+    state, loss = tx.init(params), lambda p, scale: scale * jnp.mean(p["kernel"] ** 2)
+    for scale in (2.0, jnp.nan):
+        _, state = tx.update(None, state, params, value_fn=loss, scale=scale)
+    assert 2 <= optax.tree.get(state, "value") < 2.2

@@ -216,9 +216,8 @@ def _differences_table(differences, baseline, methods, tasks, averages):
 
 
 def _average(found):
-    """That of the tasks which were tuned themselves, or else of all."""
-    names = [name for name in found if name.startswith("average")]
-    return found.get(next(iter(names), "all"))
+    """That of the tasks which were tuned themselves, or None."""
+    return next((of for name, of in found.items() if name.startswith("average")), None)
 
 
 def _interval(difference):

@@ -67,7 +67,8 @@ class Found:
 
 def undisturbed(result, cell):
     """Without the steps of rounds in which others refresh: what runs after a refresh is slower."""
-    return {**result, "seconds": result["seconds"][: -cell["refresh_rounds"]]}
+    seconds = result["seconds"]
+    return {**result, "seconds": seconds[: len(seconds) - cell["refresh_rounds"]]}
 
 
 def making(program):

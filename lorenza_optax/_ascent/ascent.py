@@ -219,7 +219,7 @@ def normalized(move: Displacement, subspaces: Subspaces) -> tuple[Displacement, 
     largest = [
         jnp.max(jnp.abs(leaf), initial=0).astype(jnp.float32) for leaf in jax.tree.leaves(move)
     ]
-    size = jnp.max(jnp.abs(jnp.stack(largest)))  # see `total`
+    size = jnp.max(jnp.abs(jnp.stack([jnp.zeros(()), *largest])))  # see `total`
     size = jnp.where(size > 0, size, 1)
     move = jax.tree.map(lambda leaf: (leaf / size).astype(leaf.dtype), move)
     # The norm alone is sure to be nan if an entry is: a maximum may lose it, see `orthonormal`.

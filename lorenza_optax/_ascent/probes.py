@@ -66,7 +66,7 @@ def slopes_along(
     one evaluation of the loss, as with ``jax.linearize`` but without its residuals.
     """
     # Losses are subtracted in float32, in float64 if there are float64 parameters.
-    dtype = jnp.promote_types(jnp.result_type(*near.leaves.values()), jnp.float32)
+    dtype = jnp.result_type(jnp.float32, *near.leaves.values())
 
     def loss(move: Displacement, vanishes: bool = False) -> jax.Array:
         return near.value(move, vanishes=vanishes).astype(dtype)

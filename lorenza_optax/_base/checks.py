@@ -56,6 +56,13 @@ def check_constant(name: str, value: Any, minimum: float) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {value}.")
 
 
+def check_decay(name: str, value: Any) -> None:
+    """Raises unless ``value``, the decay rate of a moment, is a number from 0 to below 1."""
+    check_constant(name, value, 0)
+    if not isinstance(value, jax.Array) and value >= 1:
+        raise ValueError(f"{name} must be below 1, got {value}.")
+
+
 def check_transformation(name: str, value: Any) -> None:
     """Raises unless ``value`` is None or an Optax transformation."""
     if value is not None and not (hasattr(value, "init") and hasattr(value, "update")):

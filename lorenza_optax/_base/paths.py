@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-__all__ = ["has_masked_nodes", "leaves_by_path", "path_hash", "shape_differences"]
+__all__ = ["has_masked_nodes", "leaves_by_path", "path_hash", "shape_differences", "with_arrays"]
 
 
 def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
@@ -32,6 +33,11 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
             raise ValueError(f"Two leaves of the tree have the path {name!r}: rename one of them.")
         leaves[name] = leaf
     return leaves
+
+
+def with_arrays(tree: Any) -> Any:
+    """A tree whose leaves are all arrays: Python's numbers become some."""
+    return jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf), tree)
 
 
 def shape_differences(needed: Any, found: Any) -> list[tuple[str, Any, Any]]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorenza_optax._base.checks import check_constant, check_decay
 from lorenza_optax._linalg.newton_schulz import newton_schulz
 
 __all__ = ["interpolated_ema", "is_elementwise", "orthogonalize", "scale_by_adam"]
@@ -22,6 +23,9 @@ def scale_by_adam(
     (``eps_before_correction``): it folds the bias corrections into the step size, so that the
     update is m̂ / (√v̂ + ε / √(1 - β₂ᵗ)).
     """
+    check_decay("b1", b1)
+    check_decay("b2", b2)
+    check_constant("eps", eps, 0)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
@@ -43,7 +47,8 @@ def is_elementwise(inner: optax.GradientTransformation) -> bool:
 
 
 def interpolated_ema(decay: Any) -> optax.GradientTransformation:
-    """β m + (1 - β) g, with the running mean m ← β m + (1 - β) g."""
+    """β₁ m + (1 - β₁) g, with the running mean m ← β₁ m + (1 - β₁) g."""
+    check_decay("b1", decay)
     mean = optax.ema(decay, debias=False)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

@@ -14,7 +14,13 @@ import optax
 
 from lorenza_optax._ascent.gradient import BEGIN, LAYERS, step_key
 from lorenza_optax._base.calls import check_shapes
-from lorenza_optax._base.checks import check_int, check_not_injected, check_transformation, value_at
+from lorenza_optax._base.checks import (
+    check_int,
+    check_not_injected,
+    check_number,
+    check_transformation,
+    value_at,
+)
 from lorenza_optax._base.mesh import in_auto_mode
 from lorenza_optax._base.paths import leaves_by_path
 from lorenza_optax._layerwise.layer_stacks import examples_of, gathered, masked, sampled, scattered
@@ -101,6 +107,7 @@ def layerwise(
     check_not_injected("mask", mask)
     check_transformation("gradient_transform", gradient_transform)
     stage = optax.with_extra_args_support(gradient_transform or optax.identity())
+    check_number("weight_decay", weight_decay)
     decay = optax.with_extra_args_support(optax.add_decayed_weights(weight_decay, mask))
     make = functools.partial(by_backprop, inner, **axes)
     whole = make(rank=rank, weight_dimension_numbers=weight_dimension_numbers, scale=scale)

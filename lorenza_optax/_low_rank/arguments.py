@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lorenza_optax._ascent.ascent import AscentConfig
-from lorenza_optax._base.checks import check_transformation
+from lorenza_optax._base.checks import check_number, check_transformation
 from lorenza_optax._inner.rules import scale_by_adam
 from lorenza_optax._low_rank.config import LowRankConfig
 from lorenza_optax._low_rank.low_rank import low_rank
@@ -142,6 +142,7 @@ def with_decay(
     factored_updates: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation with decoupled weight decay and a learning rate behind it."""
+    check_number("weight_decay", weight_decay)
     decay = optax.add_decayed_weights(weight_decay, None if factored_updates else mask)
     if factored_updates:
         decay = _decay_of_factored(decay)

@@ -189,7 +189,7 @@ def subspace_gradient(
         value, gradient = in_old()
         return value, prepared_low(gradient.low, gradient.others), None
     warm_up = WARM_UP if config.sketches else 1
-    due = is_due(state.count, state.last_refresh, config.update_proj_gap, warm_up)
+    due = is_due(state.count, state.last_refresh, config.update_proj_gap, warm_up, state.skipped)
     if not config.sketches:
 
         def only_low() -> Any:

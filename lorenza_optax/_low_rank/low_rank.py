@@ -24,7 +24,7 @@ from lorenza_optax._base.calls import (
 from lorenza_optax._base.checks import value_at
 from lorenza_optax._base.mesh import in_auto_mode
 from lorenza_optax._base.noise import Noise
-from lorenza_optax._base.paths import leaves_by_path
+from lorenza_optax._base.paths import leaves_by_path, with_arrays
 from lorenza_optax._low_rank.config import LowRankConfig
 from lorenza_optax._low_rank.fit import check_same_tree
 from lorenza_optax._low_rank.in_update import (
@@ -73,6 +73,7 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
             value_fn = None  # a stage in front may have changed the gradient, or taken SAM's
         zeroth_order = config.zeroth_order is not None
         check_call(updates, params, value_fn, WITHOUT_GRADIENTS if zeroth_order else INSTEAD)
+        params = with_arrays(params)
         in_subspaces = isinstance(updates, SubspaceGradients)
         tree = params if in_subspaces or updates is None else updates
         plan = config.plan(tree if params is None else params)

@@ -112,7 +112,7 @@ def renewed(
     number = sum(good.size for good in goods)
     failed = total(jnp.sum(~good) for good in goods)
     lacking = total(jnp.sum(~found) for found in new["found"].values())
-    waits = (state.last_refresh < 0) & (state.count < FIRST_TRIES - 1)
+    waits = (state.last_refresh < 0) & (state.count - state.skipped < FIRST_TRIES - 1)
     refreshed = jnp.asarray(active) & (jnp.where(waits, lacking, failed) == 0)
     changed = jnp.asarray(active) & (failed < number)
     shares = (jnp.sum(jnp.square(c)) / c.shape[-1] for c in new["overlap"].values())

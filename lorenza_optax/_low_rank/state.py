@@ -49,7 +49,7 @@ class LowRankState(NamedTuple):
 
     Attributes:
       count: Updates so far, skipped ones included, int32.
-      last_refresh: The count at the last refresh that succeeded, -1 for none, int32.
+      last_refresh: The count at the last refresh that succeeded, negative for none, int32.
       skipped: Updates skipped because the gradient was not finite, int32.
       q: Left factors Q ([b,] m, r). Only those that project, or that something else needs.
         Before the first refresh zero, or where refreshes are from sketches random.

@@ -210,7 +210,7 @@ def complete(
     after = None
     if new is not None:
         subspaces, overlaps, overlap, refreshed, changed = new
-        after = Turn(overlaps, changed, state.count < WARM_UP)
+        after = Turn(overlaps, changed, state.count - state.skipped < WARM_UP)
     inner_low, projected = inner_step(
         config, plan, config.inner, prepared.low, state.projected, usable, keys[0], extra_args,
         before, after,

@@ -13,7 +13,7 @@ from lorenza_optax._ascent.ascent import AscentConfig
 from lorenza_optax._ascent.directions import Directions, Probe, in_subspace
 from lorenza_optax._ascent.gradient import NoAscentState, full_gradient, like_params
 from lorenza_optax._ascent.surroundings import Surroundings, applied, full_space_ascent, of_state
-from lorenza_optax._base.paths import leaves_by_path
+from lorenza_optax._base.paths import leaves_by_path, with_arrays
 from lorenza_optax._factored.landscape import Displacement, Subspaces
 from lorenza_optax._inner.inner import first_moment
 from lorenza_optax._low_rank.in_update import perturbed_landscape
@@ -126,7 +126,7 @@ def perturbed_value_and_grad(
     )
 
     def value_and_grad(params: Any, *args: Any, opt_state: Any, **kwargs: Any) -> tuple[Any, Any]:
-        states = list(find_states(opt_state).values())
+        states, params = list(find_states(opt_state).values()), with_arrays(params)
         around = surroundings_of_states(params, states, config, weight_dimension_numbers, proj_type)
         near, move, _, _ = perturbed_landscape(
             config,

@@ -13,12 +13,13 @@ from lorenza_optax._ascent.ascent import AscentConfig
 from lorenza_optax._ascent.gradient import (
     FullSpaceAscentState,
     initial_ascent_state,
+    with_finite_value,
     without_ascent,
 )
 from lorenza_optax._ascent.surroundings import of_state
 from lorenza_optax._base.calls import check_call
 from lorenza_optax._base.checks import check_int, check_not_injected
-from lorenza_optax._base.paths import leaves_by_path
+from lorenza_optax._base.paths import leaves_by_path, with_arrays
 from lorenza_optax._inner.rules import scale_by_adam
 from lorenza_optax._low_rank.arguments import with_decay
 from lorenza_optax._low_rank.config import LowRankConfig
@@ -141,9 +142,9 @@ def ascent_stage(
         if value_fn is None:
             return updates, ZoSamState(count, without_ascent(state.ascent))
         gradients, ascent_state = full_gradient_in_update(
-            config, of_state(config, {}, state), state, params, value_fn, extra_args
+            config, of_state(config, {}, state), state, with_arrays(params), value_fn, extra_args
         )
-        return gradients, ZoSamState(count, ascent_state)
+        return gradients, ZoSamState(count, with_finite_value(ascent_state, state.ascent))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

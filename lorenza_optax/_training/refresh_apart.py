@@ -24,7 +24,7 @@ from lorenza_optax._low_rank.renewal import carried
 from lorenza_optax._low_rank.state import LowRankState
 from lorenza_optax._low_rank.step import prepare
 from lorenza_optax._plan.plan import ProjectionPlan
-from lorenza_optax._subspace.refresh import is_due
+from lorenza_optax._subspace.refresh import is_due, lacking_at
 from lorenza_optax._subspace.sketch import WARM_UP, energy_of, sketch_rows
 
 __all__ = ["refreshed_apart"]
@@ -70,7 +70,9 @@ def refreshed_apart(
         )
 
     warm_up = WARM_UP if config.sketches else 1
-    due = is_due(state.count, state.last_refresh, config.update_proj_gap, warm_up)
+    due = is_due(
+        state.count, state.last_refresh, config.update_proj_gap, warm_up, state.skipped
+    ) & (state.last_refresh != lacking_at(state.count))
     renew = from_sketches if config.sketches else from_gradient
     return jax.lax.cond(due, renew, lambda: state)
 
@@ -82,7 +84,7 @@ def _with_sketches(
     new, share = sketched_subspaces(config, plan, low, sketches, energy, state, due)
     initial = config.inner.init(low)
     moments = load_moments(state.projected, initial)
-    settling = state.count < WARM_UP
+    settling = state.count - state.skipped < WARM_UP
     moved = carried(config, plan.stacks, moments, initial, new.overlaps, new.changed, settling)
     when = new.refreshed, new.changed
     return _installed(config, state, new.subspaces, moved, *when, share, new.overlap)
@@ -114,12 +116,14 @@ def _installed(
     dtype = config.stored_moment_dtype()
     # Carried by "keep" they are as they were, and storing them again changes nothing.
     stored = store_moments(moments, dtype, None)
+    lacking = changed & (state.last_refresh < 0)
+    last = jnp.where(lacking, lacking_at(state.count), state.last_refresh)
     new = state._replace(
         q=q,
         r=r,
         singular_values=values,
         projected=stored,
-        last_refresh=jnp.where(refreshed, state.count, state.last_refresh),
+        last_refresh=jnp.where(refreshed, state.count, last),
         captured_energy=share,
         subspace_overlap=overlap,
     )

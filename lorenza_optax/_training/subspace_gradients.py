@@ -12,7 +12,7 @@ import optax
 from lorenza_optax._ascent.gradient import SubspaceGradients, full_gradient, low_rank_gradient
 from lorenza_optax._ascent.surroundings import applied
 from lorenza_optax._base.mesh import in_auto_mode
-from lorenza_optax._base.paths import leaves_by_path
+from lorenza_optax._base.paths import leaves_by_path, with_arrays
 from lorenza_optax._low_rank.arguments import low_rank_config
 from lorenza_optax._low_rank.config import LowRankConfig
 from lorenza_optax._low_rank.fit import check_same_tree
@@ -154,7 +154,7 @@ def subspace_value_and_grad(
                 "subspace_value_and_grad needs an opt_state with exactly one state of lorenza,"
                 f" found {len(states)}: {', '.join(type(state).__name__ for state in states)}."
             )
-        (state,) = states
+        (state,), params = states, with_arrays(params)
         plan = config.plan(params)
         loss = lambda at: value_fn(at, *args, **kwargs)  # noqa: E731
         check_same_tree(config, plan, state)
