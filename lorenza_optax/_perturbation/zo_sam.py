@@ -13,7 +13,6 @@ from lorenza_optax._ascent.ascent import AscentConfig
 from lorenza_optax._ascent.gradient import (
     FullSpaceAscentState,
     initial_ascent_state,
-    with_finite_value,
     without_ascent,
 )
 from lorenza_optax._ascent.surroundings import of_state
@@ -144,7 +143,7 @@ def ascent_stage(
         gradients, ascent_state = full_gradient_in_update(
             config, of_state(config, {}, state), state, with_arrays(params), value_fn, extra_args
         )
-        return gradients, ZoSamState(count, with_finite_value(ascent_state, state.ascent))
+        return gradients, ZoSamState(count, ascent_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
