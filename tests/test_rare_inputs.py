@@ -159,7 +159,7 @@ def test_states_that_hold_trees_like_the_parameters(wrap):
     assert int(lorenza_optax.diagnostics(state)["skipped_steps"]) == 0
 
 
-FULL_SPACE = {
+WITH_A_LOSS = {
     "mezo": methods.mezo(1e-2),
     "adazo_sam": lorenza_optax.adazo_sam(1e-2),
     "lorenza": lorenza_optax.lorenza(1e-2, 4),
@@ -168,9 +168,9 @@ FULL_SPACE = {
 }
 
 
-@pytest.mark.parametrize("name", FULL_SPACE)
+@pytest.mark.parametrize("name", WITH_A_LOSS)
 def test_trees_without_leaves_and_numbers_that_are_no_arrays(name):
-    tx = FULL_SPACE[name]
+    tx = WITH_A_LOSS[name]
     updates, _ = tx.update(None, tx.init({}), {}, value_fn=lambda p: jnp.ones(()))
     assert updates == {}
     params = {"kernel": jnp.ones((16, 8)), "temperature": 0.5}
