@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 import pytest
 
 import lorenza_optax
@@ -76,10 +77,17 @@ def test_inject_hyperparams_without_static_args_says_so():
 
 
 @pytest.mark.parametrize(
-    "inner", [optax.add_decayed_weights(0.1), optax.scale_by_trust_ratio()], ids=["decay", "trust"]
+    ("inner", "message"),
+    [
+        (optax.add_decayed_weights(0.1), "base_optimizer needs params.*weight_decay="),
+        (optax.scale_by_trust_ratio(), "needs params.*reads neither params nor the loss"),
+        (optax.scale_by_novograd(), "needs params.*reads neither params nor the loss"),
+        (optax.contrib.scale_by_muon(), "dict by path.*structure error.*for Muon,.*methods.gum"),
+    ],
+    ids=["decay", "trust", "novograd", "muon"],
 )
-def test_a_base_optimizer_that_needs_params(inner):
-    with pytest.raises(ValueError, match="base_optimizer needs params.*weight_decay="):
+def test_a_base_optimizer_that_needs_params(inner, message):
+    with pytest.raises(ValueError, match=message):
         lorenza(1e-3, rank=2, base_optimizer=inner).init({"a": jnp.ones((4, 6))})
 
 
@@ -110,6 +118,10 @@ def test_a_base_optimizer_that_needs_an_extra_argument_gets_it():
     tx = lorenza(1e-2, rank=2, base_optimizer=inner)
     updates, _ = tx.update(params, tx.init(params), params, value=1.0)
     assert jnp.linalg.norm(updates["a"]) > 0
+    tx = lorenza(1e-2, rank=2, base_optimizer=optax.scale_by_polyak())
+    tx.update(params, tx.init(params), params, value=1.0)
+    with pytest.raises(TypeError, match="base_optimizer reads the loss.*'value'.*Pass that to upd"):
+        tx.update(params, tx.init(params), params)
 
 
 def test_rotate_refuses_states_that_it_does_not_know():
