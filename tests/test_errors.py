@@ -192,6 +192,16 @@ def test_bad_arguments_of_the_family(make, error, message):
         make()
 
 
+@pytest.mark.parametrize("mapped", [lambda f: f, jax.jit, lambda f: jax.vmap(f, axis_name="i")])
+def test_an_axis_that_nothing_is_mapped_over(mapped):
+    params = {"a": jnp.ones((6, 8))}
+    tx = lorenza(1e-2, rank=2, axis_name="i")
+    state, loss = tx.init(params), lambda p, x: x * jnp.sum(p["a"])
+    step = mapped(lambda x: tx.update(None, state, params, value_fn=loss, x=x)[0])
+    with pytest.raises(ValueError, match="axis_name='i' names no axis.*leave axis_name out"):
+        step(jnp.ones(2))
+
+
 def test_gradients_that_are_not_of_the_parameters():
     params = {"kernel": jnp.ones((16, 12)), "bias": jnp.ones(12)}
     tx = lorenza(1e-3, rank=4)
