@@ -66,7 +66,7 @@ def scale_by_lorenza(
       b1: Adam's β₁.
       b2: Adam's β₂.
       eps: Adam's ε.
-      base_optimizer: Any ``scale_by_*`` transformation instead of Adam.
+      base_optimizer: A ``scale_by_*`` that needs neither params nor the loss, instead of Adam.
       proj_type: Which side is compressed.
       moment_transport: How the inner state crosses a refresh.
       ascent: "zo", "subspace", "momentum", "signed_momentum" or "none".
@@ -199,9 +199,9 @@ def lorenza(
       b1: Decay β₁ of Adam's first moment.
       b2: Decay β₂ of Adam's second moment.
       eps: Adam's ε, outside the root.
-      base_optimizer: Any Optax transformation of the ``scale_by_*`` kind instead of Adam: no
-        params, no learning rate, no sign flip. It sees the low-rank gradients of projected
-        leaves, and in a state of its own the full gradients of the others.
+      base_optimizer: Any Optax transformation of the ``scale_by_*`` kind instead of Adam that needs
+        neither params nor the loss: no learning rate, no sign flip. It sees the low-rank gradients
+        of projected leaves, and in a state of its own the full gradients of the others.
       weight_decay: Decoupled weight decay λ, a float or a schedule.
       mask: Optax's weight-decay mask; it has no say in which leaves are projected.
       proj_type: "std" compresses the shorter side of each matrix, of a square the rows, the input,

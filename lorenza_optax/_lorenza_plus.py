@@ -80,7 +80,7 @@ def lorenza_plus(
       b1: Adam's β₁.
       b2: Adam's β₂.
       eps: Adam's ε.
-      base_optimizer: Any ``scale_by_*`` transformation instead of Adam.
+      base_optimizer: A ``scale_by_*`` that needs neither params nor the loss, instead of Adam.
       weight_decay: Decoupled weight decay λ.
       mask: Optax's weight-decay mask.
       proj_type: Which side is compressed.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.training import train_state
 
+from lorenza_optax._base.calls import without_aux
 from lorenza_optax._base.checks import check_choice
 from lorenza_optax._flax_layers import weight_dimension_numbers
 from lorenza_optax._low_rank.state import LowRankState
@@ -177,7 +178,7 @@ def nnx_train_step(
             leaves = [next(own) if _is_nnx(leaf) else leaf for leaf in arguments_of_loss]
             args, kwargs = jax.tree.unflatten(given, leaves)
             found = loss_fn(copy, *args, **kwargs)
-            value, aux = found if has_aux else (found, None)
+            value, aux = found if has_aux else (without_aux(found), None)
             new: Any = nnx.split(copy, optimizer.wrt, ...)[2]
             kinds.update({path: type(variable) for path, variable in nnx.to_flat_state(new)})
             return value, (aux, nnx.as_pure(new), nnx.as_pure(nnx.split(copies)[1]))

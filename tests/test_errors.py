@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 import pytest
 
 import lorenza_optax
@@ -29,7 +30,7 @@ from tests import problems
         ({"moment_transport": "carry"}, ValueError, "moment_transport must be one of 'keep'"),
         ({"ascent": "sam"}, ValueError, "ascent must be one of 'zo'"),
         ({"estimator": "exact"}, ValueError, "estimator must be one of 'auto'"),
-        ({"subspace": "pca"}, ValueError, "subspace must be one of 'randomized_svd'"),
+        ({"subspace": "pca"}, ValueError, "one of 'randomized_svd', 'svd', got 'pca'"),
         ({"factor_dtype": "int8"}, ValueError, "factor_dtype must be None or one of"),
         ({"moment_dtype": "float16"}, ValueError, "moment_dtype must be None or one of float32"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
@@ -76,10 +77,17 @@ def test_inject_hyperparams_without_static_args_says_so():
 
 
 @pytest.mark.parametrize(
-    "inner", [optax.add_decayed_weights(0.1), optax.scale_by_trust_ratio()], ids=["decay", "trust"]
+    ("inner", "message"),
+    [
+        (optax.add_decayed_weights(0.1), "base_optimizer needs params.*weight_decay="),
+        (optax.scale_by_trust_ratio(), "needs params.*reads neither params nor the loss"),
+        (optax.scale_by_novograd(), "needs params.*reads neither params nor the loss"),
+        (optax.contrib.scale_by_muon(), "dict by path.*structure error.*for Muon,.*methods.gum"),
+    ],
+    ids=["decay", "trust", "novograd", "muon"],
 )
-def test_a_base_optimizer_that_needs_params(inner):
-    with pytest.raises(ValueError, match="base_optimizer needs params.*weight_decay="):
+def test_a_base_optimizer_that_needs_params(inner, message):
+    with pytest.raises(ValueError, match=message):
         lorenza(1e-3, rank=2, base_optimizer=inner).init({"a": jnp.ones((4, 6))})
 
 
@@ -110,6 +118,10 @@ def test_a_base_optimizer_that_needs_an_extra_argument_gets_it():
     tx = lorenza(1e-2, rank=2, base_optimizer=inner)
     updates, _ = tx.update(params, tx.init(params), params, value=1.0)
     assert jnp.linalg.norm(updates["a"]) > 0
+    tx = lorenza(1e-2, rank=2, base_optimizer=optax.scale_by_polyak())
+    tx.update(params, tx.init(params), params, value=1.0)
+    with pytest.raises(TypeError, match="base_optimizer reads the loss.*'value'.*Pass that to upd"):
+        tx.update(params, tx.init(params), params)
 
 
 def test_rotate_refuses_states_that_it_does_not_know():
@@ -169,8 +181,8 @@ def test_an_ascent_along_moments_that_are_not_kept(ascent):
         (lambda: methods.galore(1e-2, subspace="unit_gaussian"), ValueError, "subspace must be"),
         (lambda: methods.lotus(1e-2, threshold=lambda count: 0.1), TypeError, "a schedule cannot"),
         (lambda: methods.lotus(1e-2, threshold=-1.0), ValueError, "threshold must be at least"),
-        (lambda: lorenza(1e-2, subspace="gaussian"), ValueError, "no singular vectors"),
-        (lambda: lorenza(1e-2, subspace="power_iteration"), ValueError, "not for this method"),
+        (lambda: lorenza(1e-2, subspace="gaussian"), ValueError, "'randomized_svd', 'svd', got"),
+        (lambda: lorenza_plus(1e-2, subspace="svds"), ValueError, "'randomized_svd', 'svd', got"),
         (lambda: methods.mezo(1e-2, variant="best"), ValueError, "variant must be one of"),
         (lambda: methods.zo_muon(1e-2, others_scale=-1.0), ValueError, "others_scale must be at"),
     ],
@@ -178,6 +190,16 @@ def test_an_ascent_along_moments_that_are_not_kept(ascent):
 def test_bad_arguments_of_the_family(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("mapped", [lambda f: f, jax.jit, lambda f: jax.vmap(f, axis_name="i")])
+def test_an_axis_that_nothing_is_mapped_over(mapped):
+    params = {"a": jnp.ones((6, 8))}
+    tx = lorenza(1e-2, rank=2, axis_name="i")
+    state, loss = tx.init(params), lambda p, x: x * jnp.sum(p["a"])
+    step = mapped(lambda x: tx.update(None, state, params, value_fn=loss, x=x)[0])
+    with pytest.raises(ValueError, match="axis_name='i' names no axis.*leave axis_name out"):
+        step(jnp.ones(2))
 
 
 def test_gradients_that_are_not_of_the_parameters():

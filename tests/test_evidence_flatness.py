@@ -23,7 +23,7 @@ from benchmarks import (  # noqa: E402
     report,
     run,
 )
-from benchmarks.flatness import curvature, models, plan, rank_correlation  # noqa: E402
+from benchmarks.flatness import curvature, findings, models, plan, rank_correlation  # noqa: E402
 from benchmarks.pretraining import training  # noqa: E402
 
 # Curvature.
@@ -338,6 +338,20 @@ def test_findings_follow_the_numbers(tmp_path, monkeypatch, factor, words):
     assert [e.cell for e in expectations] == ["sst2-lorenza_zo-0", "stsb-lorenza_zo-0"]
     for e in expectations:
         assert e.low < e.value(records[e.cell]["result"]) < e.high < 1.6 * e.low
+
+
+@pytest.mark.parametrize(
+    ("signs", "words"),
+    [
+        ((0, 0, 0), "not shown to be flatter or sharper"),
+        ((0, 1, 0), "sharper (by 1 of 3 measures only)"),
+        ((-1, 0, -1), "flatter (by 2 of 3 measures)"),
+        ((1, -1, 1), "flatter (by 1 of 3 measures) and sharper (by 2 of 3 measures)"),
+    ],
+)
+def test_verdicts_say_how_many_measures_agree(signs, words):
+    logs = {str(i): [sign - 0.1, sign, sign + 0.1] for i, sign in enumerate(signs)}
+    assert findings._verdict(logs) == words
 
 
 def test_report_has_room_for_runs_that_diverged(tmp_path):  # and draws two tasks

@@ -285,6 +285,11 @@ def test_nnx_arguments():
         nnx_train_step(lambda model: 0.0, rho=0.1)
     with pytest.raises(ValueError, match="gradient must be one of"):
         nnx_train_step(lambda model: 0.0, gradient="outside")
+    for gradient in GRADIENTS:
+        model, optimizer, _ = _noisy(gradient)
+        step = nnx_train_step(lambda model: (0.0, 1), gradient=gradient, **GRADIENTS[gradient])
+        with pytest.raises(TypeError, match="got a tuple: pass has_aux=True"):
+            step(model, optimizer)
 
 
 def _annotated(opt_state):

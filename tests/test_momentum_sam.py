@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorenza_optax
-from lorenza_optax import momentum_sam, momentum_sam_eval_params
+from lorenza_optax import methods, momentum_sam, momentum_sam_eval_params
 from tests import problems
 
 NUMBERS = problems.DIMENSION_NUMBERS
@@ -217,8 +217,20 @@ def test_what_cannot_work_is_said():
         momentum_sam(_lorenza()).init(params)
 
 
-def test_moments_in_other_bases_are_not_overlooked():
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (methods.cosmos, "keeps none in the subspace of 'w': use one that does, such as lorenza"),
+        (methods.apollo, "draws its subspaces anew.*Use one that keeps its subspaces, such as"),
+        (methods.flora, "draws its subspaces anew.*Use one that keeps its subspaces, such as"),
+        (methods.gradnormlorp, r"shape \(8,\) for leaf 'w' of shape \(16, 8\).*methods.galore"),
+        (
+            functools.partial(lorenza_optax.lorenza, proj_type="reverse_std"),
+            r"'w', whose shape is \(16, 8\), .* \(4, 8\) .* give momentum_sam .* the proj_type",
+        ),
+    ],
+)
+def test_moments_in_other_bases_are_not_overlooked(make, message):
     params = {"w": jnp.ones((16, 8)), "b": jnp.ones(8)}
-    cosmos = lorenza_optax.methods.cosmos(1e-2, 4)
-    with pytest.raises(ValueError, match="keeps none in the subspace of 'w'"):
-        lorenza_optax.momentum_sam(cosmos, rho=0.05).init(params)
+    with pytest.raises(ValueError, match=message):
+        momentum_sam(make(1e-2, rank=4), rho=0.05).init(params)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorenza_optax
-from lorenza_optax import lorenza, perturbed_value_and_grad
+from lorenza_optax import lorenza, perturbed_value_and_grad, subspace_value_and_grad
 from tests import problems
 
 NUMBERS = problems.DIMENSION_NUMBERS
@@ -157,6 +157,11 @@ def test_subspaces_that_are_not_kept_cannot_be_perturbed_in():
         perturbed_value_and_grad(loss)(params, opt_state=tx.init(params))
     plain = perturbed_value_and_grad(loss, rho=0.0)(params, opt_state=tx.init(params))[1]
     chex.assert_trees_all_close(plain, jax.grad(loss)(params))
+    state = lorenza_optax.methods.galore(1e-2, rank=2).init(params)
+    with pytest.raises(
+        ValueError, match="never perturbs by itself.*ascent='subspace'.*methods.sam"
+    ):
+        perturbed_value_and_grad(loss)(params, opt_state=state)
 
 
 @pytest.mark.slow
@@ -232,16 +237,24 @@ def test_value_fn_must_return_a_scalar(loss, error, message, rho, dtype):
     tx = lorenza(1e-2, rank=2, rho=rho)
     with pytest.raises(error, match=message):
         tx.update(None, tx.init(params), params, value_fn=loss)
+    outside = perturbed_value_and_grad, functools.partial(subspace_value_and_grad, rank=2)
+    message = message.replace("got a tuple.*", "got a tuple: pass ")
+    for value_and_grad in outside if rho else ():
+        with pytest.raises(error, match=message):
+            value_and_grad(loss, rho=rho)(params, opt_state=tx.init(params))
 
 
 def test_missing_arguments():
     params = {"a": jnp.ones((6, 8))}
     for tx in (lorenza(1e-2, rank=2), lorenza_optax.zo_sam_perturbation()):
         state = tx.init(params)
-        with pytest.raises(ValueError, match="neither gradients nor value_fn"):
+        with pytest.raises(ValueError, match=r"neither gradients nor value_fn=\. Call update\("):
             tx.update(None, state, params)
         with pytest.raises(ValueError, match="needs params"):
             tx.update(None, state, value_fn=lambda p: 0.0)
+    tx = lorenza_optax.methods.mezo(1e-2)
+    with pytest.raises(ValueError, match="estimates the gradient from values.*value_fn=loss"):
+        tx.update(None, tx.init(params), params)
 
 
 def test_value_fn_gets_the_arguments_that_it_names_and_no_others():

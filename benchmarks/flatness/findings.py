@@ -121,10 +121,13 @@ def _verdict(logs):
     intervals = [_interval(values) for values in logs.values() if values]
     flatter = sum(high is not None and high < 1 for _, _, high in intervals)
     sharper = sum(low is not None and low > 1 for _, low, _ in intervals)
-    for word, count, against in (("flatter", flatter, sharper), ("sharper", sharper, flatter)):
-        if count >= ENOUGH and not against:
-            return f"{word} (by {count} of {len(intervals)} measures)"
-    return "not shown to be flatter or sharper"
+    only = " only" if flatter + sharper < ENOUGH else ""
+    found = [
+        f"{word} (by {count} of {len(intervals)} measures{only})"
+        for word, count in (("flatter", flatter), ("sharper", sharper))
+        if count
+    ]
+    return " and ".join(found) or "not shown to be flatter or sharper"
 
 
 def correlation(here, tasks, measure, part):

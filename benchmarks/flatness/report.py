@@ -8,6 +8,7 @@ from matplotlib import pyplot
 from benchmarks import experiments, tables
 from benchmarks.flatness.findings import (
     BASELINE,
+    ENOUGH,
     MEASURES,
     PARTS,
     TITLES,
@@ -90,7 +91,10 @@ def _explanation(cells):
         "",
         "The methods differ in their tuned learning rates, too, and flatness comes of both. "
         "Intervals are of 95 % by Student's t on logarithms of paired ratios; they do not hold "
-        "what the choice of the hyperparameters adds.",
+        "what the choice of the hyperparameters adds. A model is called flatter or sharper by the "
+        f"measures whose interval lies beyond 1; fewer than {ENOUGH} of {len(MEASURES)} show "
+        "nothing by themselves, as of so many intervals one is beyond 1 by chance, and are marked "
+        '"only".',
     ]
 
 

@@ -24,6 +24,7 @@ from lorenza_optax._ascent.gradient import (
     GradientAscentState,
     draw_probes,
 )
+from lorenza_optax._base.calls import without_aux
 from lorenza_optax._base.checks import value_at
 from lorenza_optax._base.mesh import whole
 from lorenza_optax._factored.landscape import Displacement, Landscape, Subspaces
@@ -38,6 +39,7 @@ __all__ = [
     "chosen_ascent",
     "full_paths",
     "full_space_ascent",
+    "loss_of",
     "of_state",
 ]
 
@@ -76,6 +78,18 @@ def applied(
 ) -> Callable[[Any], Any] | None:
     """A function of the parameters and more as one of the parameters alone; None for None."""
     return None if function is None else lambda at: function(at, *args, **kwargs)
+
+
+def loss_of(
+    value_fn: Callable[..., Any], has_aux: bool, *args: Any, **kwargs: Any
+) -> Callable[[Any], Any]:
+    """``value_fn`` of the parameters alone, for functions that have the argument ``has_aux``."""
+
+    def loss(at: Any) -> Any:
+        result = value_fn(at, *args, **kwargs)
+        return result if has_aux else without_aux(result)
+
+    return loss
 
 
 def full_space_ascent(state: Any) -> str | None:
@@ -191,10 +205,20 @@ def chosen_ascent(
 
 
 def check_moments(around: Surroundings) -> None:
-    """Raises if some of the projected leaves have no first moment in their subspace."""
+    """Raises unless all projected leaves have a first moment in their subspace."""
     if lacking := sorted(set(around.subspaces.views) - set(around.moments.low)):
         raise ValueError(
             "An ascent along first moments needs those of all projected leaves, and this optimizer"
             f" keeps none in the subspace of {lacking[0]!r}"
-            + (f" and {len(lacking) - 1} others." if len(lacking) > 1 else ".")
+            + (f" and {len(lacking) - 1} others" if len(lacking) > 1 else "")
+            + ": use one that does, such as lorenza or methods.galore."
         )
+    for path, view in around.subspaces.views.items():
+        found = around.moments.low[path].shape
+        needed = (*view.batch, around.subspaces.projectors[path].shape[-1], view.free)
+        if found != needed:
+            raise ValueError(
+                f"The first moment of leaf {path!r}, whose shape is {view.shape}, has shape {found}"
+                f" and not {needed}: give momentum_sam (or perturbed_value_and_grad) the proj_type"
+                " and weight_dimension_numbers that lorenza was given."
+            )

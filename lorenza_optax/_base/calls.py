@@ -18,6 +18,7 @@ __all__ = [
     "check_scalar",
     "check_shapes",
     "is_given",
+    "without_aux",
     "wrapper_around",
 ]
 
@@ -52,7 +53,10 @@ def check_call(updates: Any, params: Any, value_fn: Any, instead: str = INSTEAD)
     """
     if value_fn is None:
         if updates is None:
-            raise ValueError("update got neither gradients nor value_fn=.")
+            raise ValueError(
+                "update got neither gradients nor value_fn=. Call update(gradients, state, params),"
+                " or update(None, state, params, value_fn=loss, ...) with what the loss names."
+            )
         if params is None and hasattr(updates, "projected"):
             raise ValueError("update needs params when it is given SubspaceGradients.")
         return
@@ -99,13 +103,22 @@ def wrapper_around(names: Container[str]) -> str:
     return ""
 
 
+def without_aux(result: Any) -> Any:
+    """What a loss returned that was not said to return more; raises where it did."""
+    if isinstance(result, tuple):
+        raise TypeError(
+            "The loss must return a scalar, got a tuple: pass has_aux=True if it is (value, aux)."
+        )
+    return result
+
+
 def check_scalar(value: Any, has_aux: bool) -> None:
     """Raises unless an (abstract) result of the user's function is a real scalar."""
     if has_aux:
         if not isinstance(value, tuple) or len(value) != 2:
             raise TypeError(f"With has_aux=True value_fn must return (value, aux), got {value}.")
         value = value[0]
-    if isinstance(value, tuple):
+    elif isinstance(value, tuple):
         raise TypeError(
             "value_fn must return a scalar, got a tuple. For auxiliary output,"
             f" {INSTEAD.replace('value_fn, ...', 'value_fn, has_aux=True, ...')}."

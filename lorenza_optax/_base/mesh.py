@@ -52,7 +52,17 @@ def mark_varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
     # Where JAX keeps what an array varies over: the first since 0.10, the second before.
     known = kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", frozenset())
     missing = tuple(axis for axis in axes if axis not in known)
-    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+    if not missing:
+        return leaf
+    try:
+        for axis in missing:  # which pcast does not always check
+            jax.lax.axis_size(axis)
+        return jax.lax.pcast(leaf, missing, to="varying")
+    except (NameError, ValueError) as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} names no axis of jax.shard_map or jax.pmap around this call."
+            " Put it inside one, or leave axis_name out where the loss is that of the whole batch."
+        ) from error
 
 
 def mesh_axes(leaf: Any) -> tuple[Any, ...]:

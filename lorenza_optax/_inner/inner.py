@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -26,9 +27,13 @@ __all__ = [
     "check_sign",
     "check_stored",
     "first_moment",
+    "inner_update",
     "load_moments",
     "store_moments",
 ]
+
+# What Python says of a call without an extra argument that has no default.
+_LACKS_ARGUMENT = "required keyword-only argument"
 
 MOMENT_DTYPES = ("float32", "bfloat16", "int8")
 
@@ -51,21 +56,47 @@ def check_inner(inner: optax.GradientTransformationExtraArgs, example: dict[str,
     try:
         updates, _ = dry_run(None)
     except Exception as error:
-        if "required keyword-only argument" in str(error):
+        if _LACKS_ARGUMENT in str(error):
             return  # it needs an extra argument of update, which is handed on to it
         try:
             dry_run(example)
         except Exception:
             raise ValueError(
-                f"base_optimizer cannot update the low-rank gradients: {error}"
+                "base_optimizer cannot update the low-rank gradients, which come as a dict by path"
+                f" and without params ({_first_line(error)}). Use another one, such as"
+                " optax.scale_by_adam(); for Muon, lorenza_optax.methods.gum."
             ) from error
         raise ValueError(
-            "base_optimizer needs params, which low-rank gradients do not have. Use a"
-            " transformation of the scale_by_* kind, such as optax.scale_by_adam(), and pass"
-            " weight decay as weight_decay=."
+            "base_optimizer needs params, which low-rank gradients do not have. Use one that reads"
+            " neither params nor the loss, such as optax.scale_by_adam() or optax.scale_by_rms(),"
+            " and pass weight decay as weight_decay=."
         ) from error
     if jax.tree.map(jnp.shape, updates) != jax.tree.map(jnp.shape, example):
         raise ValueError("base_optimizer changes the shapes of the gradients that it is given.")
+
+
+def inner_update(
+    inner: optax.GradientTransformationExtraArgs,
+    gradients: dict[str, Any],
+    state: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, Any]:
+    """``inner.update`` without params; raises if it needs an argument that was not handed on."""
+    update: Callable[..., Any] = inner.update
+    try:
+        return update(gradients, state, None, **extra_args)
+    except TypeError as error:
+        if _LACKS_ARGUMENT not in str(error):
+            raise
+        raise TypeError(
+            f"base_optimizer reads the loss, or what else it lacks here: {_first_line(error)}. Pass"
+            " that to update, as in update(gradients, state, params, value=value), or use one that"
+            " reads neither params nor the loss, such as optax.scale_by_adam()."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".:")
 
 
 def check_sign(inner: optax.GradientTransformation) -> None:

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import optax
 
 from lorenza_optax._ascent.ascent import AscentConfig
-from lorenza_optax._base.checks import check_number, check_transformation
+from lorenza_optax._base.checks import check_choice, check_number, check_transformation
 from lorenza_optax._inner.rules import scale_by_adam
 from lorenza_optax._low_rank.config import LowRankConfig
 from lorenza_optax._low_rank.low_rank import low_rank
 from lorenza_optax._low_rank.update import Unformed
+from lorenza_optax._subspace.subspace import SUBSPACES
 
 __all__ = ["STRUCTURAL_ARGS", "low_rank_config", "scale_by", "structural_args", "with_decay"]
 
@@ -120,6 +121,7 @@ def low_rank_config(
         factored=factored,
     )
     check_transformation("base_optimizer", base_optimizer)
+    check_choice("subspace", axes["subspace"], tuple(SUBSPACES))  # of others there are no probes
     inner = scale_by_adam(b1, b2, eps) if base_optimizer is None else base_optimizer
     return LowRankConfig(
         inner=optax.with_extra_args_support(inner),

@@ -32,7 +32,7 @@ from lorenza_optax._plan.matrix_view import PROJ_TYPES
 from lorenza_optax._plan.plan import LeafPlan, ProjectionPlan, projection_plan
 from lorenza_optax._plan.selection import Rank, check_rank
 from lorenza_optax._residual.residual import DISCARD, Residual
-from lorenza_optax._subspace.subspace import POWER_ITERATION, RANDOM, SUBSPACES
+from lorenza_optax._subspace.subspace import RANDOM
 
 __all__ = ["Coordinates", "Displacement", "LowRankConfig"]
 
@@ -119,14 +119,6 @@ class LowRankConfig:
         check_rank(self.rank)
         check_int("update_proj_gap", self.update_proj_gap, 1)
         check_int("seed", self.seed, 0)
-        check_choice("subspace", self.subspace, (*SUBSPACES, *RANDOM, POWER_ITERATION))
-        if (self.subspace == POWER_ITERATION) != (self.power_decay is not None):
-            raise ValueError(f"subspace={self.subspace!r} is not for this method.")
-        if self.ascent.needs_partners and self.subspace in RANDOM:
-            raise ValueError(
-                f"subspace={self.subspace!r} has no singular vectors to probe along: use"
-                f" {' or '.join(map(repr, SUBSPACES))}, or another ascent."
-            )
         check_choice("proj_type", self.proj_type, PROJ_TYPES)
         check_choice("moment_transport", self.moment_transport, TRANSPORTS)
         check_choice("refresh", self.refresh, REFRESHES)

@@ -8,7 +8,7 @@ in 8 bits are decoded for a part only, and those that turn into a new subspace l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorenza_optax._inner.inner import load_moments, store_moments
+from lorenza_optax._inner.inner import inner_update, load_moments, store_moments
 from lorenza_optax._inner.quantized import LARGE_LAYER
 from lorenza_optax._inner.rules import is_elementwise
 from lorenza_optax._low_rank.config import LowRankConfig
@@ -108,8 +108,7 @@ def _at_once(
     moments = load_moments(state, initial)
     if before is not None:
         moments = carried(config, stacks, moments, initial, *before)
-    update: Callable[..., Any] = inner.update
-    updates, new = update(gradients, moments, None, **extra_args)
+    updates, new = inner_update(inner, gradients, moments, extra_args)
     # Subspaces change with a gradient that is usable only: what is carried over can be settled
     # here, and be overwritten. Later the old arrays would have to be kept beside the new ones.
     new = if_usable(new, moments)

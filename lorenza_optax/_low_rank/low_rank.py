@@ -72,6 +72,11 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
         if config.prefers_given and is_given(updates, params):
             value_fn = None  # a stage in front may have changed the gradient, or taken SAM's
         zeroth_order = config.zeroth_order is not None
+        if zeroth_order and value_fn is None:
+            raise ValueError(
+                "This optimizer estimates the gradient from values of the loss: call"
+                " update(None, state, params, value_fn=loss, ...). Gradients are of no use to it."
+            )
         check_call(updates, params, value_fn, WITHOUT_GRADIENTS if zeroth_order else INSTEAD)
         params = with_arrays(params)
         in_subspaces = isinstance(updates, SubspaceGradients)
@@ -84,13 +89,8 @@ def low_rank(config: LowRankConfig) -> optax.GradientTransformationExtraArgs:
         ascent_state, stage_state = without_ascent(state.ascent), state.gradient_transform
         arrays: Any
         source: Callable[..., Any]
-        if config.zeroth_order is not None:
-            if value_fn is None:
-                raise ValueError(
-                    "This optimizer estimates the gradient from values of the loss: call"
-                    " update(None, state, params, value_fn=loss, ...). Gradients are of no use to"
-                    " it."
-                )
+        if zeroth_order:
+            assert value_fn is not None  # as seen above
             *arrays, ascent_state = zeroth_order_gradient(
                 config, plan, state, params, value_fn, extra_args
             )

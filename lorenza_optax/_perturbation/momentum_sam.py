@@ -19,7 +19,7 @@ from lorenza_optax._factored.landscape import Displacement, Subspaces
 from lorenza_optax._inner.inner import FIRST_MOMENTS, first_moment
 from lorenza_optax._low_rank.state import LowRankState
 from lorenza_optax._perturbation.find import unboxed
-from lorenza_optax._perturbation.perturbed import surroundings_of_states
+from lorenza_optax._perturbation.perturbed import draws_anew, surroundings_of_states
 from lorenza_optax._plan.plan import shape_and_dtype
 from lorenza_optax._subspace.subspace import lift
 
@@ -211,11 +211,18 @@ def _directions(
             if shapes.get(path) != moment.shape:
                 raise ValueError(
                     f"base_optimizer keeps a first moment of shape {moment.shape} for leaf"
-                    f" {path!r} of shape {shapes.get(path)}: momentum_sam understands moments in"
-                    " subspaces of lorenza and lorenza_plus only."
+                    f" {path!r} of shape {shapes.get(path)}: momentum_sam perturbs along moments of"
+                    " a leaf's own shape, or in subspaces that a state of this library keeps. Use"
+                    " optax.adamw, lorenza, methods.galore or the like."
                 )
         full = {**own, **full}
     low = [unboxed(node) for node in nodes if is_low(node)]
+    if any(map(draws_anew, low)):
+        raise ValueError(
+            "base_optimizer draws its subspaces anew at each update, as methods.apollo and"
+            " methods.flora do, so that its first moments are in none that momentum_sam could"
+            " perturb in. Use one that keeps its subspaces, such as lorenza or methods.galore."
+        )
     around = None
     if low:
         config = AscentConfig(ascent="momentum")

@@ -12,7 +12,13 @@ import optax
 from lorenza_optax._ascent.ascent import AscentConfig
 from lorenza_optax._ascent.directions import Directions, Probe, in_subspace
 from lorenza_optax._ascent.gradient import NoAscentState, full_gradient, like_params
-from lorenza_optax._ascent.surroundings import Surroundings, applied, full_space_ascent, of_state
+from lorenza_optax._ascent.surroundings import (
+    Surroundings,
+    applied,
+    full_space_ascent,
+    loss_of,
+    of_state,
+)
 from lorenza_optax._base.paths import leaves_by_path, with_arrays
 from lorenza_optax._factored.landscape import Displacement, Subspaces
 from lorenza_optax._inner.inner import first_moment
@@ -21,7 +27,7 @@ from lorenza_optax._perturbation.find import find_states
 from lorenza_optax._plan.matrix_view import MatrixView, matrix_view
 from lorenza_optax._plan.plan import dimension_numbers_by_path
 
-__all__ = ["perturbed_value_and_grad", "surroundings_of_states"]
+__all__ = ["draws_anew", "perturbed_value_and_grad", "surroundings_of_states"]
 
 
 def perturbed_value_and_grad(
@@ -133,7 +139,7 @@ def perturbed_value_and_grad(
             around,
             states[0].count,
             params,
-            lambda at: value_fn(at, *args, **kwargs),
+            loss_of(value_fn, has_aux, *args, **kwargs),
             applied(ascent_fn, *args, **kwargs),
             has_aux,
         )
@@ -170,7 +176,7 @@ def surroundings_of_states(
     found: list[Surroundings] = []
     for state in states:
         paths = list(state.q) + [path for path in state.r if path not in state.q]
-        if not paths and first_moment(state.projected) and not config.never_perturbs:
+        if draws_anew(state) and not config.never_perturbs:
             raise ValueError(
                 "opt_state is of an optimizer that draws its subspaces anew at each update, so it"
                 " holds none to perturb in. Pass rho=0.0, or put lorenza_optax.methods.sam or"
@@ -184,12 +190,24 @@ def surroundings_of_states(
         try:
             found.append(of_state(config, views, state))
         except KeyError:
+            if isinstance(state.ascent, NoAscentState):
+                raise ValueError(
+                    "opt_state is of a method that never perturbs by itself and keeps nothing to"
+                    f" probe along for ascent={config.ascent!r}: pass ascent='subspace', or"
+                    " 'momentum' if it keeps a first moment, or put lorenza_optax.methods.sam in"
+                    " front of it."
+                ) from None
             raise ValueError(
                 "opt_state does not hold what this ascent needs, because the optimizer was made"
                 " with other arguments (rho=0, another ascent, probe_factors or scale_probes):"
                 " give it and perturbed_value_and_grad the same."
             ) from None
     return _together(found)
+
+
+def draws_anew(state: Any) -> bool:
+    """Whether an optimizer has moments in subspaces that it does not keep."""
+    return not state.q and not state.r and bool(first_moment(state.projected))
 
 
 def _together(found: list[Surroundings]) -> Surroundings:

@@ -10,7 +10,7 @@ import jax
 import optax
 
 from lorenza_optax._ascent.gradient import SubspaceGradients, full_gradient, low_rank_gradient
-from lorenza_optax._ascent.surroundings import applied
+from lorenza_optax._ascent.surroundings import applied, loss_of
 from lorenza_optax._base.mesh import in_auto_mode
 from lorenza_optax._base.paths import leaves_by_path, with_arrays
 from lorenza_optax._low_rank.arguments import low_rank_config
@@ -156,7 +156,7 @@ def subspace_value_and_grad(
             )
         (state,), params = states, with_arrays(params)
         plan = config.plan(params)
-        loss = lambda at: value_fn(at, *args, **kwargs)  # noqa: E731
+        loss = loss_of(value_fn, has_aux, *args, **kwargs)
         check_same_tree(config, plan, state)
         if config.subspace in RANDOM:
             ready = opened(config, plan, state)
