@@ -87,11 +87,30 @@ def t_difference(values, spread=None):
 
 
 def t_edges(values, spread=None):
-    """Where that interval begins and ends, of two values or more; of another spread if given."""
-    mean, count = statistics.fmean(values), len(values)
-    deviation, freedom = spread or pooled([values])
-    half = stats.t.ppf(0.975, freedom) * deviation / count**0.5
-    return mean - half, mean + half
+    """Where that interval begins and ends, of two values or more.
+
+    By their own spread or by that which is given, whichever is wider: a few seeds may agree by
+    luck, and rows that share a spread may not all be as steady.
+    """
+    parts = [
+        (deviation**2 / len(values), freedom)
+        for deviation, freedom in filter(None, (pooled([values]), spread))
+    ]
+    estimate = statistics.fmean(values)
+    return max((difference(estimate, [part])[1:] for part in parts), key=lambda e: e[1] - e[0])
+
+
+def difference(estimate, parts):
+    """Its interval by Student's t; parts of its variance are (variance, degrees of freedom).
+
+    The freedom of their sum is Satterthwaite's.
+    """
+    variance = sum(part for part, _ in parts)
+    if not variance:
+        return Difference(estimate, estimate, estimate)
+    each = sum(part**2 / freedom for part, freedom in parts)
+    half = stats.t.ppf(0.975, variance**2 / each if each else math.inf) * variance**0.5
+    return Difference(estimate, estimate - half, estimate + half)
 
 
 # How far a rerun of the same seed may land from what is stored: other machines round otherwise, and

@@ -416,7 +416,9 @@ def test_report_of_all_tasks_has_averages_and_findings(tmp_path):
                - records[f"{t}-galore-{s}"]["result"]["metrics"][m])
         for t, m in (("sst2", "accuracy"), ("stsb", "pearson")) for s in (0, 1)
     ])  # fmt: skip
-    assert f"against GaLore {difference:+.1f} (" in finding
+    assert re.search(
+        rf"LORENZA, zo is [a-z ]+ GaLore {re.escape(f'{difference:+.1f}')} \(", finding
+    )
     assert f"{difference:+.1f} (" in "\n".join(found.body)
 
 

@@ -297,6 +297,7 @@ def stored(factor):
         records[name] = {"result": {
             "train": part, "test": part, "is_same": True, "differences": {"train_loss": 1e-3},
             "weight_norm": 280.0, "score": 100 - sharpness, "score_name": "accuracy",
+            "hyperparameters": {"learning_rate": 1e-3 * (1 + (method == "lorenza_zo"))},
         }}  # fmt: skip
     return cells, records
 
@@ -317,15 +318,18 @@ def test_findings_follow_the_numbers(tmp_path, monkeypatch, factor, words):
     assert "LORENZA, subspace is sharper" in subspace
     for text in (headline, sam):
         assert "SAM is sharper (by 3 of 3 measures) than AdamW" in text
-    # Independently: the mean of logarithms and its t interval.
+    # Independently: the mean of logarithms, and Welch's interval from spreads within tasks.
     logs = [
-        np.log(records[f"{t}-lorenza_zo-{s}"]["result"]["train"]["largest"]
-               / records[f"{t}-galore-{s}"]["result"]["train"]["largest"])
-        for t in ("sst2", "stsb") for s in range(3)
+        [np.log(records[f"{t}-lorenza_zo-{s}"]["result"]["train"]["largest"]
+                / records[f"{t}-galore-{s}"]["result"]["train"]["largest"]) for s in range(3)]
+        for t in ("sst2", "stsb")
     ]  # fmt: skip
-    low, high = np.exp(stats.ttest_1samp(logs, 0).confidence_interval())
-    expected = f"{np.exp(np.mean(logs)):.2f} ({low:.2g} to {high:.2g})"
-    assert f"largest eigenvalue of the Hessian {expected} times;" in headline
+    # Of two groups' difference: of their sum, one is turned round.
+    welch = stats.ttest_ind(logs[0], -np.array(logs[1]), equal_var=False)
+    low, high = (f"{np.exp(edge / 2):.2f}" for edge in welch.confidence_interval())
+    expected = f"{np.exp(np.mean(logs)):.2f} ({low} to {high})"
+    of_task = f"sst2 {np.exp(np.mean(logs[0])):.2f}, at 1.00 times the loss and 2.00 the learning"
+    assert f"largest eigenvalue of the Hessian {expected} times, {of_task} rate" in headline
     assert f"largest eigenvalue train {expected}" in zo
     for text in (headline, goes):
         assert "on training examples goes with the score (by 3 of 3 measures)" in text
@@ -350,7 +354,7 @@ def test_findings_follow_the_numbers(tmp_path, monkeypatch, factor, words):
     ],
 )
 def test_verdicts_say_how_many_measures_agree(signs, words):
-    logs = {str(i): [sign - 0.1, sign, sign + 0.1] for i, sign in enumerate(signs)}
+    logs = {str(i): {"a": [sign - 0.1, sign, sign + 0.1]} for i, sign in enumerate(signs)}
     assert findings._verdict(logs) == words
 
 

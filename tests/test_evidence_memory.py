@@ -134,6 +134,10 @@ def _run(method, weights, gradients, state, peak, rank=None, **more):
     }  # fmt: skip
 
 
+def _records(runs):
+    return {run["id"]: {"machine": {"device_kind": "Abacus"}, "result": run} for run in runs}
+
+
 @pytest.fixture
 def runs():
     return [
@@ -146,7 +150,7 @@ def runs():
 
 
 def test_report_compares_at_each_rank(runs, tmp_path):
-    records = {run["id"]: {"result": run} for run in runs}
+    records = _records(runs)
     found = memory.report("cpu", runs, records, tmp_path)
     text = "\n".join(found.body)
     assert "### 7B, rank 8 (cpu size)" in text
@@ -175,13 +179,26 @@ def test_report_compares_at_each_rank(runs, tmp_path):
 
 
 def test_report_of_some_cells_and_of_none(runs, tmp_path):
-    records = {run["id"]: {"result": run} for run in runs if run["method"] != "adamw"}
+    records = _records([run for run in runs if run["method"] != "adamw"])
     found = memory.report("cpu", runs, records, tmp_path)
     assert [text.partition(" than ")[2] for text in found.findings] == [
         "LoRA's.",
         "LoRA's.",
     ]
     assert memory.report("cpu", runs, {}, tmp_path).findings == []
+
+
+def test_smaller_shapes_and_steps_that_ran_are_in_short(runs, tmp_path):
+    small = [_run(m, 10, 10, 20, p, r) | {"preset": "60M", "id": f"60M-{m}"}
+             for m, p, r in (("adamw", 50, None), ("lorenza", 55, 8))]  # fmt: skip
+    cells = small + runs
+    short = memory.report("cpu", cells, _records(cells), tmp_path).findings[0]
+    assert "Of LORENZA at smaller shapes: 60M, rank 8, -10 %. Published" in short
+    runs[2]["run"] = {"peak": 3e9, "peak_before": 1e9}
+    runs[3]["run"] = {"peak": 2e9, "peak_before": 2e9}  # which was of something before it
+    short = memory.report("full", runs, _records(runs), tmp_path).findings[0]
+    assert short.startswith("**Memory on a GPU.**")
+    assert short.endswith("by its allocator: LORENZA 3.0 GB (rank 8, Abacus).")
 
 
 def test_report_of_steps_compiled_for_a_gpu(runs, tmp_path):
@@ -192,7 +209,7 @@ def test_report_of_steps_compiled_for_a_gpu(runs, tmp_path):
         _run("lorenza", 50, 50, 10, 130, 8, **gpu) | {"id": "gpu-lorenza"},
     ]
     both = runs + planned
-    found = memory.report("cpu", both, {run["id"]: {"result": run} for run in both}, tmp_path)
+    found = memory.report("cpu", both, _records(both), tmp_path)
     assert "In bfloat16, compiled for an H100: at rank 8, with LORENZA 35 %." in found.findings[0]
     assert "rank 8 / 99, with LORENZA 50 / -20 %" in found.findings[0]
     text = "\n".join(found.body)

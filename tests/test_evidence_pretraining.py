@@ -201,6 +201,11 @@ def test_intervals_of_few_differences():
     assert spread.freedom == len(about_means) - len(groups) == 3
     assert spread.deviation == pytest.approx(np.sqrt(np.sum(about_means**2) / spread.freedom))
     half = stats.t.ppf(0.975, 3) * spread.deviation / np.sqrt(2)
-    assert tables.t_edges(groups[1], spread) == pytest.approx((2.5 - half, 2.5 + half))
+    wide = stats.t.ppf(0.975, 1) * np.std(groups[1], ddof=1) / np.sqrt(2)
+    assert half < wide  # of two ways the wider
+    assert tables.t_edges(groups[1], spread) == pytest.approx((2.5 - wide, 2.5 + wide))
+    assert tables.t_edges([2.4, 2.6], tables.Spread(1.0, 5)) == pytest.approx(
+        (2.5 - stats.t.ppf(0.975, 5) / np.sqrt(2), 2.5 + stats.t.ppf(0.975, 5) / np.sqrt(2))
+    )
     assert tables.pooled([[1.0]]) is None
     assert tables.mean_and_deviation([1.0, None], 2) == "diverged"

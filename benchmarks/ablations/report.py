@@ -23,14 +23,14 @@ DECISIONS = {
     "that shows in fine-tuning.",
     variants.RADIUS: "0.05 stays, for want of a difference: with the published probe nothing from "
     "no perturbation to ten times the radius stands out, so who wants the time sets `rho=0`. With "
-    '`ascent="subspace"` a third of it is better from scratch, and three times costs there and in '
-    "fine-tuning. SAM, whose tuning chose the smaller of its radii on both tasks, is not better at "
-    "a third of it.",
+    '`ascent="subspace"` a third of it ends lower from scratch, though within its interval, and '
+    "three times costs there and in fine-tuning. SAM, whose tuning chose the smaller of its radii "
+    "on both tasks, is not better at a third of it.",
     variants.DIFFERENCE: '`"auto"` and 1e-3 stay: nothing else is told apart.',
     variants.PROBES: "1 stays: 4 and 16 find no more that shows in the loss.",
-    variants.ASCENT: '`"zo"` stays, as published: from scratch the directions that see more of the '
-    "ascent lose, or gain nothing, and in fine-tuning at its radius those of the moments lose up "
-    "to 20 points on some seeds and nothing on others.",
+    variants.ASCENT: '`"zo"` stays, as published: from scratch the first moment\'s direction '
+    "loses and the exact one ends higher, though within its interval, and in fine-tuning at the "
+    "radius of zo those of the moments lose up to 20 points on some seeds and nothing on others.",
     variants.TRANSPORT: '`"keep"` stays, in doubt: `"rotate"` and `"reset"` are ahead on the '
     'smaller Llama, `"rotate"` on the main job, too (pretrain_tuning below, one seed, where '
     '`"reset"` is behind), but of `"rotate"` nothing can be seen on the larger one, nor in '
@@ -38,18 +38,18 @@ DECISIONS = {
     'trains from scratch should try `"rotate"`.',
     variants.SIDE: 'Of a square matrix `"std"` compresses the side that meets the input, as the '
     "published code does; until these runs it had GaLore's index and not its meaning, for PyTorch "
-    'holds a layer transposed. `"std"` stays: the output side loses from scratch, at no less '
-    "state.",
+    'holds a layer transposed. `"std"` stays: the output side ends higher from scratch, on '
+    "the larger Llama beyond its interval, at no less state.",
     variants.STEP: "1.0 stays, and the learning rate is what to tune: half the step loses, twice "
     "is within the noise.",
     variants.DTYPES: "Left to the user: moments in bfloat16 and int8, and factors in bfloat16, "
     "cost nothing that shows here.",
-    variants.ADD_BACK: '`"fira"` stays: `"sumo"` loses from scratch, and does not differ in '
-    "fine-tuning.",
+    variants.ADD_BACK: '`"fira"` stays: `"sumo"` ends higher from scratch, though within its '
+    "interval, and does not differ in fine-tuning.",
 }
 ARGUMENTS = ("rho", "mu", "estimator", "num_probes", "ascent", "moment_transport", "proj_type",
              "scale", "factor_dtype", "moment_dtype", "refresh")  # fmt: skip
-LOSS, POINTS = "pretraining", "finetuning"
+LOSS, POINTS, ALL = "pretraining", "finetuning", "all tasks"
 PANELS = {
     LOSS: "validation loss, % above the unchanged run's",
     POINTS: "points above the unchanged run",
@@ -69,23 +69,27 @@ def report(size, cells, records, folder):
         rows.append([question, variant.label, _base(variant), *(c.shown() for c in columns)])
         if variant.is_of_default:
             for found_so, holds in ((better, _Column.is_better), (worse, _Column.is_worse)):
-                places = [f"{column.title} {column.shown()}" for column in columns if holds(column)]
-                if places:
+                if any(map(holds, columns)):
+                    places = [
+                        f"{c.title} {c.shown()}" for c in columns if c.is_in_short() or holds(c)
+                    ]
                     found_so.append(f"{variant.question}: {variant.label} ({', '.join(places)})")
     path = folder / f"changes-{size}.png"
     _plot(columns_of, path)
     findings = [
-        f"**Defaults.** {len(rows)} changes, one at a time ({size} size). Of those that change "
-        f"LORENZA's defaults, beyond an interval of 95 %, these help: "
-        f"{'; '.join(better) or 'none'}. These harm: {'; '.join(worse) or 'none'}. (Rows share "
-        "their unchanged runs, and of forty one seems to help by chance.)"
+        f"**Defaults.** {len(rows)} changes, one at a time ({size} size), of which these change "
+        "LORENZA's defaults and differ beyond an interval of 95 %; wherever else such a change was "
+        "tried stands beside it. Rows share their unchanged runs, and of forty one seems to help "
+        f"by chance.\n  - Help: {'; '.join(better) or 'none'}.\n  - Harm: "
+        f"{'; '.join(worse) or 'none'}."
     ]
     body = [
         "Each row is a tuned run of pre-training (the loss, in percent; less is better) and of "
         "fine-tuning (points; more is better) with one change, against the unchanged run of the "
         "same method, seed and data, with intervals of 95 %. Those of losses are by Student's t, "
-        "over seeds (of several texts, their mean), with the standard deviation that all rows of "
-        "a column have in common, as two or three seeds say little of their own; those of points "
+        "over seeds (of several texts, their mean), by a row's own standard deviation or by what "
+        "all rows of a column have in common, whichever is wider: two or three seeds may agree by "
+        "luck, and changes that hardly touch training vary less than the others; those of points "
         "are as under finetuning, over seeds and examples. The learning rates are those tuned for "
         "the unchanged run, which favours it.",
         "",
@@ -131,6 +135,10 @@ class _Column(NamedTuple):
             return "-"
         return self.found.shown(2, "%" * (self.experiment == LOSS))
 
+    def is_in_short(self):
+        """Not of single tasks, where all of them together say more."""
+        return self.found is not None and (self.experiment == LOSS or self.title == ALL)
+
     def is_better(self):
         return self._is_beyond(-1 if self.experiment == LOSS else 1)
 
@@ -172,7 +180,7 @@ class _Columns:
             _Column(place[1], POINTS, task and _of_points([task]))
             for place, task in zip(self._tasks, tasks, strict=True)
         ]
-        return [*columns, _Column("all tasks", POINTS, _of_points(tasks) if all(tasks) else None)]
+        return [*columns, _Column(ALL, POINTS, _of_points(tasks) if all(tasks) else None)]
 
     @property
     def titles(self):

@@ -15,13 +15,11 @@ over seeds and examples at once would count what belongs to both three times.)
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 import glue
-from benchmarks.tables import Difference
+from benchmarks import tables
 
 REPLICATES = 2000
-LEVEL = 0.95
 
 
 class Paired(NamedTuple):
@@ -86,15 +84,11 @@ def of_results(task, first, second, seed=0):
 
 
 def interval(tasks):
-    """Of the average over tasks, each a Paired, by Student's t with Satterthwaite's freedom."""
+    """Of the average over tasks, each a Paired; tasks vary independently."""
     estimate = float(np.mean([np.mean(task.by_seed) for task in tasks]))
-    variance = sum(task.of_seeds + task.of_examples for task in tasks)
-    if variance == 0:
-        return Difference(estimate, estimate, estimate)
-    each = [task.of_seeds**2 / (len(task.by_seed) - 1) for task in tasks]
-    freedom = variance**2 / sum(each) if any(each) else np.inf
-    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * variance**0.5 / len(tasks)
-    return Difference(estimate, estimate - half, estimate + half)
+    parts = [(task.of_seeds, len(task.by_seed) - 1) for task in tasks]
+    parts += [(task.of_examples, np.inf) for task in tasks]
+    return tables.difference(estimate, [(part / len(tasks) ** 2, free) for part, free in parts])
 
 
 def _arrays(results):

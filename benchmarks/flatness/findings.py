@@ -31,56 +31,66 @@ def baseline(method):
 
 
 def log_ratios(here, method, measure, part, only=None, base=BASELINE):
-    """Of all pairs of a task and a seed that both have; those without a logarithm are left out."""
-    pairs = [
-        (result[part][measure], here[task, base][seed][part][measure])
-        for (task, name), by_seed in here.items()
-        if name == method and (task, base) in here and only in (None, task)
-        for seed, result in by_seed.items()
-        if seed in here[task, base]
-    ]
-    return [math.log(a / b) for a, b in pairs if a is not None and b is not None and min(a, b) > 0]
+    """{task: of its seeds that both have}; pairs without a logarithm are left out."""
+    found = {}
+    for (task, name), by_seed in here.items():
+        if name != method or (task, base) not in here or only not in (None, task):
+            continue
+        pairs = [
+            (result[part][measure], here[task, base][seed][part][measure])
+            for seed, result in by_seed.items()
+            if seed in here[task, base]
+        ]
+        if logs := [math.log(a / b) for a, b in pairs if None not in (a, b) and min(a, b) > 0]:
+            found[task] = logs
+    return found
 
 
-def _interval(logs):
-    """(ratio, low, high); the bounds are None for one pair."""
-    mean = statistics.fmean(logs)
-    if len(logs) == 1:
-        return math.exp(mean), None, None
-    return tuple(_exp(x) for x in (mean, *tables.t_edges(logs)))
+def _interval(by_task):
+    """(ratio, low, high), geometric means over tasks; the bounds are None where a task has a pair.
+
+    What makes it uncertain is how seeds differ within their tasks: tasks are the same for all.
+    """
+    estimate = statistics.fmean(map(statistics.fmean, by_task.values()))
+    if min(map(len, by_task.values())) == 1:
+        return math.exp(estimate), None, None
+    spreads = [(statistics.variance(logs), len(logs)) for logs in by_task.values()]
+    parts = [(of / count / len(by_task) ** 2, count - 1) for of, count in spreads]
+    return tuple(_exp(x) for x in tables.difference(estimate, parts))
 
 
 def _exp(x):
     return math.exp(x) if x < 700 else math.inf
 
 
-def shown(logs):
-    if not logs:
+def shown(by_task):
+    if not by_task:
         return "-"
-    ratio, low, high = _interval(logs)
-    return f"{ratio:.2f}" + (" (one pair)" if low is None else f" ({low:.2g} to {high:.2g})")
+    ratio, low, high = map(_ratio, _interval(by_task))
+    return ratio + (" (one pair)" if low == "-" else f" ({low} to {high})")
+
+
+def _ratio(x):
+    return "-" if x is None else f"{x:.2f}" if x < 10 else f"{x:.2g}"
 
 
 def headline(by_kind):
-    """One sentence on all kinds of training: {kind: here}."""
+    """One finding on all kinds of training: {kind: here}."""
     parts = []
     for kind, here in by_kind.items():
         subjects = _of_subjects(here)
         words = [
             f"{NAMES[method]} is {_verdict(logs)} than {NAMES[baseline(method)]} (largest "
-            f"eigenvalue of the Hessian {shown(logs['largest'])} times; on held-out examples "
-            f"{_verdict(_logs(here, method, 'test'))})"
+            f"eigenvalue of the Hessian {shown(logs['largest'])} times{_beside(here, method)}; on "
+            f"held-out examples {_verdict(_logs(here, method, 'test'))})"
             for method, logs in subjects.items()
             if method != "lorenza_plus"  # which is in the section
         ]
         words += [f"flatness {score[0]}" for score in _with_score(here, PARTS[:1])]
         if words:
-            parts.append(f"in {TITLES[kind].lower()}, {', '.join(words)}")
-    return (
-        [f"**Flatness** of the final models, on training examples: {'; '.join(parts)}."]
-        if parts
-        else []
-    )
+            parts.append(f"{TITLES[kind]}: {'; '.join(words)}.")
+    text = "**Flatness** of the final models, on training examples."
+    return ["\n  - ".join([text, *parts])] if parts else []
 
 
 def of_kind(kind, size, here):
@@ -96,7 +106,8 @@ def of_kind(kind, size, here):
         found.append(
             f"{TITLES[kind]} ({size} size): {NAMES[method]} is {_verdict(logs)} than "
             f"{NAMES[baseline(method)]} on training examples, and on held-out ones "
-            f"{_verdict(_logs(here, method, 'test'))}. Ratios: {', '.join(ratios)}."
+            f"{_verdict(_logs(here, method, 'test'))}. Ratios: {', '.join(ratios)}; the first"
+            f"{_beside(here, method)}."
         )
     found += [
         f"{TITLES[kind]} ({size} size): flatness {verdict}. Spearman's of sharpness with the score "
@@ -107,7 +118,7 @@ def of_kind(kind, size, here):
 
 
 def _of_subjects(here):
-    """{method: {measure: logarithms of ratios on training examples}}, of those with any."""
+    """{method: {measure: log_ratios on training examples}}, of those with any."""
     ratios = {method: _logs(here, method, "train") for method in SUBJECTS}
     return {method: logs for method, logs in ratios.items() if logs["largest"]}
 
@@ -117,8 +128,31 @@ def _logs(here, method, part):
     return {measure: log_ratios(here, method, measure, part, base=base) for measure in MEASURES}
 
 
+def _beside(here, method):
+    """Of each task the eigenvalue, and what else differs that flatness may come of."""
+    base, parts = baseline(method), []
+    for task, logs in log_ratios(here, method, "largest", "train", base=base).items():
+        ours, theirs = here[task, method], here[task, base]
+        losses = [_mean(runs[s]["train"]["loss"] for s in ours if s in theirs)
+                  for runs in (ours, theirs)]  # fmt: skip
+        rates = [_rate(next(iter(runs.values()))["hyperparameters"]) for runs in (ours, theirs)]
+        parts.append(
+            f"{task} {_ratio(math.exp(statistics.fmean(logs)))}, at {_ratio(losses[0] / losses[1])}"
+            f" times the loss and {_ratio(rates[0] / rates[1])} the learning rate"
+        )
+    return f", {', '.join(parts)}" if parts else ""
+
+
+def _mean(losses):
+    return statistics.fmean(math.nan if loss is None else loss for loss in losses)
+
+
+def _rate(hyperparameters):
+    return hyperparameters.get("matrices_rate", hyperparameters.get("learning_rate", math.nan))
+
+
 def _verdict(logs):
-    intervals = [_interval(values) for values in logs.values() if values]
+    intervals = [_interval(by_task) for by_task in logs.values() if by_task]
     flatter = sum(high is not None and high < 1 for _, _, high in intervals)
     sharper = sum(low is not None and low > 1 for _, low, _ in intervals)
     only = " only" if flatter + sharper < ENOUGH else ""

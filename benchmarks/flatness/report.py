@@ -90,8 +90,9 @@ def _explanation(cells):
         "of it where training has not come near a minimum, as in pre-training.",
         "",
         "The methods differ in their tuned learning rates, too, and flatness comes of both. "
-        "Intervals are of 95 % by Student's t on logarithms of paired ratios; they do not hold "
-        "what the choice of the hyperparameters adds. A model is called flatter or sharper by the "
+        "Intervals are of 95 % by Student's t on logarithms of paired ratios, of what seeds differ "
+        "by within their tasks; they do not hold what the choice of the hyperparameters adds, nor "
+        "what other tasks would say. A model is called flatter or sharper by the "
         f"measures whose interval lies beyond 1; fewer than {ENOUGH} of {len(MEASURES)} show "
         "nothing by themselves, as of so many intervals one is beyond 1 by chance, and are marked "
         '"only".',
@@ -169,7 +170,10 @@ def _ratios(here, methods, tasks):
     ]
     if not rows:
         return [f"Nothing to compare with {NAMES[BASELINE]} yet."]
-    pairs = max(len(log_ratios(here, m, *c)) for m in methods for c in columns if m != BASELINE)
+    pairs = max(
+        sum(map(len, log_ratios(here, m, *c).values()))
+        for m in methods for c in columns if m != BASELINE
+    )  # fmt: skip
     return [
         f"Ratios to {NAMES[BASELINE]} of the same task and seed, geometric means with intervals, "
         f"of at most {pairs} pairs; below 1 is flatter:",

@@ -88,14 +88,25 @@ def _in_short(size, preset, shapes, planned):
     dtype = next(run["dtype"] for (name, _), of in shapes.items() if name == preset
                  for run in of.values())  # fmt: skip
     text = (
-        f"**Memory.** A Llama of {preset}, 1 x 256 tokens, in {dtype} ({size} size): the peak of a "
+        f"A Llama of {preset}, 1 x 256 tokens, in {dtype} ({size} size): the peak of a "
         f"compiled step is below AdamW's, {parts}."
     )
+    if given := _given_out(preset, shapes):
+        return f"**Memory on a GPU.** {text} Of steps that have run, by its allocator: {given}."
     if on_gpu := _by_rank(preset, planned):
         text += f" In bfloat16, compiled for an H100: {on_gpu}."
-    if given := _given_out(preset, shapes):
-        text += f" Steps that a GPU has run, by its allocator's peak: {given}."
-    return f"{text} Published for LORENZA: up to {100 * HEADLINE:.0f} %."
+    if smaller := _of_smaller(preset, shapes):
+        text += f" Of LORENZA at smaller shapes: {smaller}."
+    return f"**Memory.** {text} Published for LORENZA: up to {100 * HEADLINE:.0f} %."
+
+
+def _of_smaller(preset, shapes):
+    parts = [
+        f"{name}, rank {rank}, {100 * share:.0f} %"
+        for (name, rank), runs in shapes.items()
+        if name != preset and (share := saved(runs, "lorenza", "adamw", "peak")) is not None
+    ]
+    return ", ".join(parts)
 
 
 def _given_out(preset, shapes):
@@ -105,8 +116,9 @@ def _given_out(preset, shapes):
         for subject, run in runs.items():
             ran = run.get("run", {})
             if name == preset and ran.get("peak", 0) > ran.get("peak_before", 0):
-                of_rank = f" (rank {rank})" if METHODS[subject].has_rank else ""
-                parts.append(f"{METHODS[subject].name}{of_rank} {ran['peak'] / 1e9:.1f} GB")
+                on = [f"rank {rank}"] * METHODS[subject].has_rank + [run["device"]]
+                peak = f"{ran['peak'] / 1e9:.1f} GB ({', '.join(on)})"
+                parts.append(f"{METHODS[subject].name} {peak}")
     return ", ".join(dict.fromkeys(parts))
 
 

@@ -27,7 +27,9 @@ ROBERTA_NAMES = {
 
 def report(size, cells, records, folder):
     finished = [
-        {**cell, **records[cell["id"]]["result"]} for cell in cells if cell["id"] in records
+        {**cell, "device": record["machine"]["device_kind"], **record["result"]}
+        for cell in cells
+        if (record := records.get(cell["id"]))
     ]
     steps = [run for run in finished if run["kind"] == "step" and not run.get("target")]
     planned = by_shape(cells, [run for run in finished if run.get("target")])

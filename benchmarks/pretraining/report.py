@@ -31,8 +31,8 @@ def report(size, cells, records, folder):
             body += ["", f"### {title} ({size} size)", "", *sweeps.section(sweep)]
             body += ["", f"![{title}](results/{folder.name}/{path.name})"]
             if swept == "rank":
-                findings += sweeps.rank_finding(size, sweep) + sweeps.state_finding(size, sweep)
-    return experiments.Section(findings, body)
+                findings += sweeps.rank_finding(sweep) + sweeps.state_finding(sweep)
+    return experiments.Section(_together(size, findings), body)
 
 
 def again(size, cells, records):
@@ -191,35 +191,51 @@ def _percent(model, finals, method, baseline):
     pairs = paired.over_texts(model, finals, method, baseline)
     if not pairs:
         return ""
-    both = [tables.t_difference(pairs, spread) for spread in (None, tables.pooled(groups))]
-    return max(both, key=lambda one: 0 if one.low is None else one.high - one.low).shown(1, "%")
+    return tables.t_interval(pairs, "%", spread=tables.pooled(groups))
 
 
 def _findings(size, finals):
-    """One sentence for all models."""
-    of_models = []
-    for model in dict.fromkeys(key[0] for key in finals):
-        parts = []
-        for method in SUBJECTS:
-            against = [
-                f"{shown} to {tables.NAMES[baseline]}'s"
-                for baseline in BASELINES
-                if (shown := _percent(model, finals, method, baseline))
-            ]
-            if against:
-                parts.append(f"of {tables.NAMES[method]} {' and '.join(against)}")
-        others = [
-            f"{tables.NAMES[method]} {shown}"
-            for method in BESIDE
-            if (shown := _percent(model, finals, method, "adamw"))
-        ]
-        if parts and others:
-            parts.append(f"of others to AdamW's {', '.join(others)}")
-        if parts:
-            of_models.append(f"with {model} parameters {', '.join(parts)}")
-    if not of_models:
-        return []
+    """One for each model."""
     return [
-        f"**Loss.** Pre-training ({size} size) in short runs, at a rank of a quarter of the width, "
-        f"relative difference of the validation loss: {'; '.join(of_models)}."
+        text for model in dict.fromkeys(key[0] for key in finals) if (text := _of(model, finals))
     ]
+
+
+def _of(model, finals):
+    states = {
+        method: next(iter(results.values()))["optimizer_state_bytes"]
+        for (name, _, method), results in finals.items()
+        if name == model
+    }
+    parts = []
+    for method in SUBJECTS:
+        against = [
+            f"{shown} to {tables.NAMES[baseline]}'s"
+            for baseline in BASELINES
+            if (shown := _percent(model, finals, method, baseline))
+        ]
+        if against:
+            parts.append(f"of {tables.NAMES[method]} {' and '.join(against)}")
+    others = [
+        f"{tables.NAMES[method]} {shown}"
+        for method in BESIDE
+        if (shown := _percent(model, finals, method, "adamw"))
+    ]
+    if parts and others:
+        parts.append(f"of others to AdamW's {', '.join(others)}")
+    kept = [
+        f"{tables.NAMES[method]} {states[method] / states['adamw']:.2f}x"
+        for method in (*SUBJECTS[:1], *BASELINES[1:], *BESIDE)
+        if method in states and "adamw" in states
+    ]
+    if parts and kept:
+        parts.append(f"in AdamW's state {', '.join(kept)}")
+    return parts and f"With {model} parameters {'; '.join(parts)}."
+
+
+def _together(size, parts):
+    text = (
+        f"**Loss.** Pre-training ({size} size) in short runs, at a rank of a quarter of the width "
+        "but where another is named, relative difference of the validation loss."
+    )
+    return ["\n  - ".join([text, *parts])] if parts else []

@@ -20,7 +20,6 @@ class Sweep(NamedTuple):
     retuned: dict  # {method: (value, results by seed)}, at rates of their own
     adamw: dict  # {seed: result}
     width: int  # of the model; a rank as large projects nothing
-    spread: tables.Spread | None  # that the differences from AdamW have in common
 
 
 def of(cells, records, swept):
@@ -50,11 +49,9 @@ def of(cells, records, swept):
         return {seed: results[seed] for seed in sorted(seeds)}
 
     runs = {m: {v: common(results) for v, results in found.items()} for m, found in runs.items()}
-    differences = [percent_above(r, adamw).values() for f in runs.values() for r in f.values()]
     retuned = {m: found for m, found in retuned.items() if set(found[1]) <= set(adamw)}
-    spread = tables.pooled(map(list, differences))
     width = training.MODELS[planned[0]["size"]][place[0]].config.hidden_size
-    return Sweep(swept, runs, retuned, adamw, width, spread)
+    return Sweep(swept, runs, retuned, adamw, width)
 
 
 def _place(cell):
@@ -71,8 +68,7 @@ def _state(sweep, results):
 
 
 def _above(sweep, results):
-    percent = list(percent_above(results, sweep.adamw).values())
-    return tables.t_interval(percent, "%", spread=sweep.spread)
+    return list(percent_above(results, sweep.adamw).values())
 
 
 def section(sweep):
@@ -90,17 +86,20 @@ def section(sweep):
         rows.append(row)
     adamw = {seed: sweep.adamw[seed] for seed in next(iter(sweep.runs[methods[0]].values()))}
     loss, count = tables.mean_and_deviation(losses(adamw), 3), len(adamw)
-    for method, (value, results) in sweep.retuned.items():
-        row = [f"{value}, tuned there", *["-"] * (3 * len(methods))]
-        at = 1 + 3 * methods.index(method)
-        row[at : at + 3] = _columns(sweep, results)
+    for rank in sorted({value for value, _ in sweep.retuned.values()}):
+        row = [f"{rank}, tuned there"]
+        for method in methods:
+            value, results = sweep.retuned.get(method, (None, None))
+            row += _columns(sweep, results) if value == rank else ["-"] * 3
         rows.append(row)
     titles = [t for m in methods for t in (tables.NAMES[m], "above AdamW", "state")]
+    seeds = {len(results) for _, results in sweep.retuned.values()}
+    tuned = f" Tuned there are rates of that rank's own, over {max(seeds)} seeds." if seeds else ""
     return [
         f"Validation loss over {count} seed{'s' if count > 1 else ''}, paired with AdamW's "
         f"({loss}), at the rates that were tuned for the shared value, and the state in AdamW's. "
-        "Intervals of 95 % are by the standard deviation that all differences of a table have in "
-        "common.",
+        "Means and standard deviations, which are mostly AdamW's: of two seeds no interval says "
+        f"much, and rows differ by less than each is sure of, as they share AdamW's runs.{tuned}",
         "",
         *tables.markdown([TITLES[sweep.swept].split()[0].lower(), *titles], rows),
     ]
@@ -108,10 +107,11 @@ def section(sweep):
 
 def _columns(sweep, results):
     loss = tables.mean_and_deviation(losses(results), 3)
-    return loss, _above(sweep, results), _state(sweep, results)
+    above = tables.mean_and_deviation(_above(sweep, results), 1, "%")
+    return loss, above, _state(sweep, results)
 
 
-def rank_finding(size, sweep):
+def rank_finding(sweep):
     """Whether there is a rank at which nothing is lost, and what of the state is saved there."""
     swept = {
         rank: results
@@ -125,17 +125,28 @@ def rank_finding(size, sweep):
     if "lorenza" in sweep.retuned:
         rank, results = sweep.retuned["lorenza"]
         how = "tuned there"
-    above = statistics.fmean(percent_above(results, sweep.adamw).values())
-    verdict = "within" if above <= 1 else "not within"
-    return [
-        f"**Rank.** Pre-training ({size} size): at the best rank of those tried, {rank} of "
-        f"{sweep.width}, {how}, LORENZA's validation loss is {_above(sweep, results)} above "
-        f"AdamW's, {verdict} 1 %, with {_state(sweep, results)} its state. (That rank was the best "
-        "by this same loss.)"
-    ]
+    above = tables.t_difference(_above(sweep, results))
+    text = (
+        f"At the best rank of those tried, {rank} of {sweep.width}, {how}, LORENZA's validation "
+        f"loss is {above.shown(1, '%')} above AdamW's, {_within(above)}, with "
+        f"{_state(sweep, results)} its state."
+    )
+    beside, of_galore = sweep.retuned.get("galore", (None, None))
+    if beside == rank and rank == sweep.retuned.get("lorenza", (None,))[0]:
+        galore = tables.t_difference(_above(sweep, of_galore)).shown(1, "%")
+        text += f" GaLore's, tuned there, too, is {galore}, with {_state(sweep, of_galore)}."
+    return [f"{text} (That rank was LORENZA's best by this same loss.)"]
 
 
-def state_finding(size, sweep):
+def _within(above, limit=1):
+    """Whether a loss is as near to AdamW's as was asked for, in percent."""
+    if above.estimate > limit:
+        return f"not within {limit} %"
+    is_sure = above.high is not None and above.high <= limit
+    return f"within {limit} %" + ("" if is_sure else " in the mean, though not beyond doubt")
+
+
+def state_finding(sweep):
     """LORENZA beside GaLore of as much state, which is of a larger rank."""
     ours, theirs = (sweep.runs.get(method, {}) for method in ("lorenza", "galore"))
     points = sorted(
@@ -152,9 +163,8 @@ def state_finding(size, sweep):
             mean = statistics.fmean(percent_above(results, sweep.adamw).values())
             parts.append(f"{_state(sweep, results)} {mean:+.1f} % and {above:+.1f} %")
     return parts and [
-        f"**Equal state.** Pre-training ({size} size), validation loss above AdamW's of LORENZA "
-        "and of GaLore at the rank that keeps as much (interpolated), by their state in AdamW's: "
-        f"{', '.join(parts)}."
+        "At equal state: loss above AdamW's of LORENZA and of GaLore at the rank that keeps as "
+        f"much (interpolated), by their state in AdamW's: {', '.join(parts)}."
     ]
 
 

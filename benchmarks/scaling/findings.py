@@ -124,8 +124,9 @@ def _by_rank(found):
     ]
     refresh = ", ".join(f"{_refresh(of, 'zo, q=1'):.2f}" for of in at.values())
     return (
-        f"At rank {', '.join(map(str, at))} of width {shape.width} ({shape.layers} layers, "
-        f"{shape.batch * shape.length} tokens): {'; '.join(parts)}; a refresh adds {refresh}"
+        f"In FLOPs at rank {', '.join(map(str, at))} of width {shape.width} ({shape.layers} "
+        f"layers, {shape.batch * shape.length} tokens): {'; '.join(parts)}; a refresh adds "
+        f"{refresh}"
     )
 
 

@@ -1,0 +1,48 @@
+"""The findings on fine-tuning, in words that the intervals choose."""
+
+import glue
+from benchmarks import tables
+
+BASELINES = ("galore", "adamw", "sam")
+SUBJECTS = ("lorenza_zo", "lorenza_subspace", "lorenza_plus", "galore")
+
+
+def average(found):
+    """That of the tasks which were tuned themselves, or of the only one; or None."""
+    averages = [of for name, of in found.items() if name.startswith("average")]
+    return next(iter(averages or (found.values() if len(found) == 1 else ())), None)
+
+
+def of_number(differences, examples, tasks):
+    """One for a number of examples: who is above whom, and who is not told apart."""
+    parts = []
+    for method in SUBJECTS:
+        found = {
+            baseline: mean
+            for baseline in BASELINES
+            if (mean := average(differences.get((method, baseline), {})))
+        }
+        by_verdict = {}
+        for baseline, mean in found.items():
+            text = f"{tables.NAMES[baseline]} {mean.shown()}"
+            by_verdict.setdefault(_verdict(mean), []).append(text)
+        verdicts = [f"{verdict} {', '.join(of)}" for verdict, of in by_verdict.items()]
+        if verdicts:
+            parts.append(f"{tables.NAMES[method]} is {' and '.join(verdicts)}")
+    names = " and ".join(glue.TASKS[task].folder for task in tasks)
+    return parts and f"{examples}, {names}: {'; '.join(parts)}."
+
+
+def _verdict(difference):
+    if difference.low is None or difference.low <= 0 <= difference.high:
+        return "not told apart from"
+    return "above" if difference.low > 0 else "below"
+
+
+def together(size, parts):
+    """The published claim is of LORENZA against low-rank baselines."""
+    text = (
+        f"**Accuracy.** Fine-tuning ({size} size), differences in points, of the average where "
+        "there are several tasks. Reported of the paper, over low-rank baselines: +2.8 %."
+    )
+    return ["\n  - ".join([text, *parts])] if parts else []
