@@ -420,6 +420,9 @@ def test_report_of_all_tasks_has_averages_and_findings(tmp_path):
         rf"LORENZA, zo is [a-z ]+ GaLore {re.escape(f'{difference:+.1f}')} \(", finding
     )
     assert f"{difference:+.1f} (" in "\n".join(found.body)
+    of_one = [cell for cell in cells if cell["task"] == "stsb"]
+    [finding] = finetuning.report("cpu", of_one, records, tmp_path).findings
+    assert "9 examples, STS-B: LORENZA, zo is" in finding
 
 
 def test_every_method_has_the_same_budget():

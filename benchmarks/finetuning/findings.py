@@ -7,10 +7,11 @@ BASELINES = ("galore", "adamw", "sam")
 SUBJECTS = ("lorenza_zo", "lorenza_subspace", "lorenza_plus", "galore")
 
 
-def average(found):
-    """That of the tasks which were tuned themselves, or of the only one; or None."""
-    averages = [of for name, of in found.items() if name.startswith("average")]
-    return next(iter(averages or (found.values() if len(found) == 1 else ())), None)
+def average(found, tasks):
+    """That of the tasks which were tuned themselves, or that of the only task; or None."""
+    if len(tasks) == 1:
+        return found.get(*tasks)
+    return next((of for name, of in found.items() if name.startswith("average")), None)
 
 
 def of_number(differences, examples, tasks):
@@ -20,7 +21,7 @@ def of_number(differences, examples, tasks):
         found = {
             baseline: mean
             for baseline in BASELINES
-            if (mean := average(differences.get((method, baseline), {})))
+            if (mean := average(differences.get((method, baseline), {}), tasks))
         }
         by_verdict = {}
         for baseline, mean in found.items():

@@ -27,6 +27,7 @@ def report(size, cells, records, folder):
             continue
         methods, tasks = (tuple(dict.fromkeys(key[i] for key in runs)) for i in (0, 1))
         averages = _averages(here, tasks)
+        averaged = next(iter(averages.values()), tasks)
         body += ["", *_scores(runs, methods, tasks, averages)]
         differences = {
             (method, baseline): of
@@ -39,7 +40,9 @@ def report(size, cells, records, folder):
         if differences:
             path = folder / f"differences-{size}-{examples or 'all'}.png"
             points = {
-                key: mean for key, of in differences.items() if (mean := findings.average(of))
+                key: mean
+                for key, of in differences.items()
+                if (mean := findings.average(of, averaged))
             }
             plots.differences(points, BASELINES, path)
             text = f"Differences of the average over tasks, {title.lower()}"
@@ -50,7 +53,7 @@ def report(size, cells, records, folder):
             "",
             *_costs(runs, methods, tasks),
         ]
-        if part := findings.of_number(differences, title, next(iter(averages.values()), tasks)):
+        if part := findings.of_number(differences, title, averaged):
             found.append(part)
     return experiments.Section(findings.together(size, found), [*_explanation(cells), *body])
 
