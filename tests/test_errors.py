@@ -192,7 +192,15 @@ def test_bad_arguments_of_the_family(make, error, message):
         make()
 
 
-@pytest.mark.parametrize("mapped", [lambda f: f, jax.jit, lambda f: jax.vmap(f, axis_name="i")])
+@pytest.mark.parametrize(
+    "mapped",
+    [
+        lambda f: f,
+        jax.jit,
+        lambda f: jax.vmap(f, axis_name="i"),
+        lambda f: jax.jit(jax.vmap(f, axis_name="i")),
+    ],
+)
 def test_an_axis_that_nothing_is_mapped_over(mapped):
     params = {"a": jnp.ones((6, 8))}
     tx = lorenza(1e-2, rank=2, axis_name="i")

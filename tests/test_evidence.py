@@ -20,7 +20,7 @@ from benchmarks import (  # noqa: E402
     run,
     tables,
 )
-from benchmarks.finetuning import inputs, methods, paired, plan, training  # noqa: E402
+from benchmarks.finetuning import findings, inputs, methods, paired, plan, training  # noqa: E402
 
 # The runner, on an experiment that adds.
 
@@ -423,6 +423,17 @@ def test_report_of_all_tasks_has_averages_and_findings(tmp_path):
     of_one = [cell for cell in cells if cell["task"] == "stsb"]
     [finding] = finetuning.report("cpu", of_one, records, tmp_path).findings
     assert "9 examples, STS-B: LORENZA, zo is" in finding
+
+
+@pytest.mark.parametrize(
+    ("edges", "words"),
+    [((0.1, 2.0), "above"), ((-2.0, -0.1), "below"), ((-0.1, 2.0), "not told apart from"),
+     ((None, None), "not told apart from")],
+)  # fmt: skip
+def test_verdicts_follow_the_intervals(edges, words):
+    found = {("lorenza_zo", "galore"): {"sst2": tables.Difference(1.0, *edges)}}
+    text = findings.of_number(found, "9 examples", ("sst2",))
+    assert text.startswith(f"9 examples, SST-2: LORENZA, zo is {words} GaLore +1.0 (")
 
 
 def test_every_method_has_the_same_budget():

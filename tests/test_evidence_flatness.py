@@ -328,8 +328,10 @@ def test_findings_follow_the_numbers(tmp_path, monkeypatch, factor, words):
     welch = stats.ttest_ind(logs[0], -np.array(logs[1]), equal_var=False)
     low, high = (f"{np.exp(edge / 2):.2f}" for edge in welch.confidence_interval())
     expected = f"{np.exp(np.mean(logs)):.2f} ({low} to {high})"
-    of_task = f"sst2 {np.exp(np.mean(logs[0])):.2f}, at 1.00 times the loss and 2.00 the learning"
-    assert f"largest eigenvalue of the Hessian {expected} times, {of_task} rate" in headline
+    of_task = (
+        f"sst2 {np.exp(np.mean(logs[0])):.2f} at 1.00 times the loss and 2.00 times the learning"
+    )
+    assert f"largest eigenvalue of the Hessian {expected} times: {of_task} rate" in headline
     assert f"largest eigenvalue train {expected}" in zo
     for text in (headline, goes):
         assert "on training examples goes with the score (by 3 of 3 measures)" in text
@@ -350,7 +352,7 @@ def test_findings_follow_the_numbers(tmp_path, monkeypatch, factor, words):
         ((0, 0, 0), "not shown to be flatter or sharper"),
         ((0, 1, 0), "sharper (by 1 of 3 measures only)"),
         ((-1, 0, -1), "flatter (by 2 of 3 measures)"),
-        ((1, -1, 1), "flatter (by 1 of 3 measures) and sharper (by 2 of 3 measures)"),
+        ((1, -1, 1), "flatter (by 1 of 3 measures only) and sharper (by 2 of 3 measures)"),
     ],
 )
 def test_verdicts_say_how_many_measures_agree(signs, words):

@@ -193,7 +193,7 @@ def test_smaller_shapes_and_steps_that_ran_are_in_short(runs, tmp_path):
              for m, p, r in (("adamw", 50, None), ("lorenza", 55, 8))]  # fmt: skip
     cells = small + runs
     short = memory.report("cpu", cells, _records(cells), tmp_path).findings[0]
-    assert "Of LORENZA at smaller shapes: 60M, rank 8, -10 %. Published" in short
+    assert "Of LORENZA at smaller shapes: 60M -10 % (rank 8). Published" in short
     runs[2]["run"] = {"peak": 3e9, "peak_before": 1e9}
     runs[3]["run"] = {"peak": 2e9, "peak_before": 2e9}  # which was of something before it
     short = memory.report("full", runs, _records(runs), tmp_path).findings[0]

@@ -21,7 +21,7 @@ from benchmarks import (  # noqa: E402
 )
 from benchmarks.ablations import plan as ablations_plan  # noqa: E402
 from benchmarks.ablations import variants as ablations_variants  # noqa: E402
-from benchmarks.pretraining import methods, plan, training  # noqa: E402
+from benchmarks.pretraining import methods, plan, sweeps, training  # noqa: E402
 from benchmarks.pretraining.report import _differences  # noqa: E402
 
 llama, optimizers = training.llama, training.optimizers
@@ -97,7 +97,8 @@ def test_from_trials_to_the_report_and_the_ablations(nano, monkeypatch):
                / result(f"a-stdlib-adamw-seed{s}")["validation_loss"] - 1)
         for s in (0, 1)
     ]  # fmt: skip
-    assert f"2 of 32, tuned there, LORENZA's validation loss is {np.mean(above):+.1f} % (" in text
+    assert "2 of 32, tuned there, LORENZA's validation loss differs from AdamW's by " in text
+    assert f"by {np.mean(above):+.1f} % (" in text
     assert "| 2, tuned there | " in text
 
     # Run again, the figures are the same; others would be found out.
@@ -188,6 +189,34 @@ def test_intervals_of_losses_are_of_the_wider_spread():
         assert any(
             tables.NAMES[method] in row and shown in row for row in _differences("a", finals)
         )
+
+
+@pytest.mark.parametrize(
+    ("edges", "words"),
+    [((0.5, 0.2, 0.9), "within 1 %"), ((0.5, -1.0, 2.0), "within 1 % in the mean, though not"),
+     ((1.5, 0.5, 2.5), "not within 1 %"), ((0.5, None, None), "within 1 % in the mean, though")],
+)  # fmt: skip
+def test_a_loss_is_within_a_percent_only_with_its_whole_interval(edges, words):
+    found = sweeps._within(tables.Difference(*edges))
+    assert found == words if words.endswith("%") else found.startswith(words)
+
+
+@pytest.mark.parametrize("galore", [2.04, None])  # which may have diverged
+def test_the_finding_of_the_best_rank_names_both(galore):
+    def runs(loss, state):
+        return {s: {"validation_loss": loss and loss + 0.01 * s, "optimizer_state_bytes": state}
+                for s in range(3)}  # fmt: skip
+
+    sweep = sweeps.Sweep(
+        "rank", {"lorenza": {2: runs(2.2, 20), 4: runs(2.1, 30)}},
+        {"lorenza": (4, runs(2.02, 30)), "galore": (4, runs(galore, 25))}, runs(2.0, 100), 8,
+    )  # fmt: skip
+    [finding] = sweeps.rank_finding(sweep)
+    assert (
+        "4 of 8, tuned there, LORENZA's validation loss differs from AdamW's by +1.0 %" in finding
+    )
+    assert "0.30x its state" in finding
+    assert ("GaLore's, tuned there, too, by +2.0 % (" in finding) == (galore is not None)
 
 
 def test_intervals_of_few_differences():

@@ -64,6 +64,16 @@ def test_both_ways_are_the_same(make, dtype):
     assert bool(opt_state[0].ascent.perturbed)
 
 
+def test_a_loss_may_name_its_arguments_as_it_likes():
+    params = {"kernel": jnp.ones((16, 8))}
+    state = lorenza(1e-2, rank=2).init(params)
+    loss = lambda p, *, has_aux, value_fn: has_aux * value_fn * jnp.sum(p["kernel"])  # noqa: E731
+    for of in (perturbed_value_and_grad(loss), subspace_value_and_grad(loss, rank=2)):
+        assert of(params, opt_state=state, has_aux=2.0, value_fn=3.0)[0] == pytest.approx(
+            768, rel=0.01
+        )
+
+
 def test_has_aux_and_arguments():
     def loss(params, scale, *, offset):
         value = problems.quadratic(params, jax.tree.map(jnp.zeros_like, params))

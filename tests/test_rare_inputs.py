@@ -185,3 +185,14 @@ def test_trees_without_leaves_and_numbers_that_are_no_arrays(name):
             params, opt_state=state
         )
         np.testing.assert_allclose(gradients["temperature"], 28, rtol=1e-5)
+
+
+@pytest.mark.parametrize(  # stages tell of any loss
+    "tx", [lorenza_optax.adazo_sam(1e-2), lorenza_optax.lorenza(1e-2, rank=2)]
+)
+def test_a_loss_that_is_not_finite_is_not_kept(tx):
+    params = {"kernel": jnp.ones((16, 8))}
+    state, loss = tx.init(params), lambda p, scale: scale * jnp.mean(p["kernel"] ** 2)
+    for scale in (2.0, jnp.nan):
+        _, state = tx.update(None, state, params, value_fn=loss, scale=scale)
+    assert 2 <= optax.tree.get(state, "value") < 2.2

@@ -70,9 +70,7 @@ def report(size, cells, records, folder):
         if variant.is_of_default:
             for found_so, holds in ((better, _Column.is_better), (worse, _Column.is_worse)):
                 if any(map(holds, columns)):
-                    places = [
-                        f"{c.title} {c.shown()}" for c in columns if c.is_in_short() or holds(c)
-                    ]
+                    places = [c.shown_in_short() for c in columns if c.is_in_short() or holds(c)]
                     found_so.append(f"{variant.question}: {variant.label} ({', '.join(places)})")
     path = folder / f"changes-{size}.png"
     _plot(columns_of, path)
@@ -134,6 +132,10 @@ class _Column(NamedTuple):
         if self.found is None:
             return "-"
         return self.found.shown(2, "%" * (self.experiment == LOSS))
+
+    def shown_in_short(self):
+        unit = "%" if self.experiment == LOSS else "points"
+        return f"{self.title} {self.found.shown(2, unit)}"
 
     def is_in_short(self):
         """Not of single tasks, where all of them together say more."""

@@ -35,9 +35,11 @@ def of_number(differences, examples, tasks):
 
 
 def _verdict(difference):
-    if difference.low is None or difference.low <= 0 <= difference.high:
-        return "not told apart from"
-    return "above" if difference.low > 0 else "below"
+    if difference.low is not None and difference.low > 0:
+        return "above"
+    if difference.high is not None and difference.high < 0:
+        return "below"
+    return "not told apart from"
 
 
 def together(size, parts):

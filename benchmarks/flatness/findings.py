@@ -67,7 +67,7 @@ def shown(by_task):
     if not by_task:
         return "-"
     ratio, low, high = map(_ratio, _interval(by_task))
-    return ratio + (" (one pair)" if low == "-" else f" ({low} to {high})")
+    return ratio + (" (a task has one pair)" if low == "-" else f" ({low} to {high})")
 
 
 def _ratio(x):
@@ -81,8 +81,8 @@ def headline(by_kind):
         subjects = _of_subjects(here)
         words = [
             f"{NAMES[method]} is {_verdict(logs)} than {NAMES[baseline(method)]} (largest "
-            f"eigenvalue of the Hessian {shown(logs['largest'])} times{_beside(here, method)}; on "
-            f"held-out examples {_verdict(_logs(here, method, 'test'))})"
+            f"eigenvalue of the Hessian {shown(logs['largest'])} times: {_beside(here, method)}; "
+            f"on held-out examples {_verdict(_logs(here, method, 'test'))})"
             for method, logs in subjects.items()
             if method != "lorenza_plus"  # which is in the section
         ]
@@ -106,8 +106,8 @@ def of_kind(kind, size, here):
         found.append(
             f"{TITLES[kind]} ({size} size): {NAMES[method]} is {_verdict(logs)} than "
             f"{NAMES[baseline(method)]} on training examples, and on held-out ones "
-            f"{_verdict(_logs(here, method, 'test'))}. Ratios: {', '.join(ratios)}; the first"
-            f"{_beside(here, method)}."
+            f"{_verdict(_logs(here, method, 'test'))}. Ratios: {', '.join(ratios)}. The first by "
+            f"task: {_beside(here, method)}."
         )
     found += [
         f"{TITLES[kind]} ({size} size): flatness {verdict}. Spearman's of sharpness with the score "
@@ -132,19 +132,20 @@ def _beside(here, method):
     """Of each task the eigenvalue, and what else differs that flatness may come of."""
     base, parts = baseline(method), []
     for task, logs in log_ratios(here, method, "largest", "train", base=base).items():
-        ours, theirs = here[task, method], here[task, base]
-        losses = [_mean(runs[s]["train"]["loss"] for s in ours if s in theirs)
-                  for runs in (ours, theirs)]  # fmt: skip
-        rates = [_rate(next(iter(runs.values()))["hyperparameters"]) for runs in (ours, theirs)]
+        rates = [
+            _rate(next(iter(here[task, name].values()))["hyperparameters"])
+            for name in (method, base)
+        ]
+        losses = log_ratios(here, method, "loss", "train", task, base).get(task)
+        times = f"{_mean(losses)} times the loss and " if losses else ""
         parts.append(
-            f"{task} {_ratio(math.exp(statistics.fmean(logs)))}, at {_ratio(losses[0] / losses[1])}"
-            f" times the loss and {_ratio(rates[0] / rates[1])} the learning rate"
+            f"{task} {_mean(logs)} at {times}{_ratio(rates[0] / rates[1])} times the learning rate"
         )
-    return f", {', '.join(parts)}" if parts else ""
+    return "; ".join(parts)
 
 
-def _mean(losses):
-    return statistics.fmean(math.nan if loss is None else loss for loss in losses)
+def _mean(logs):
+    return _ratio(math.exp(statistics.fmean(logs)))
 
 
 def _rate(hyperparameters):
@@ -155,9 +156,8 @@ def _verdict(logs):
     intervals = [_interval(by_task) for by_task in logs.values() if by_task]
     flatter = sum(high is not None and high < 1 for _, _, high in intervals)
     sharper = sum(low is not None and low > 1 for _, low, _ in intervals)
-    only = " only" if flatter + sharper < ENOUGH else ""
     found = [
-        f"{word} (by {count} of {len(intervals)} measures{only})"
+        f"{word} (by {count} of {len(intervals)} measures{' only' if count < ENOUGH else ''})"
         for word, count in (("flatter", flatter), ("sharper", sharper))
         if count
     ]

@@ -92,7 +92,8 @@ def _explanation(cells):
         "The methods differ in their tuned learning rates, too, and flatness comes of both. "
         "Intervals are of 95 % by Student's t on logarithms of paired ratios, of what seeds differ "
         "by within their tasks; they do not hold what the choice of the hyperparameters adds, nor "
-        "what other tasks would say. A model is called flatter or sharper by the "
+        "what other tasks would say, and where three seeds agree by luck they are too narrow. A "
+        "model is called flatter or sharper by the "
         f"measures whose interval lies beyond 1; fewer than {ENOUGH} of {len(MEASURES)} show "
         "nothing by themselves, as of so many intervals one is beyond 1 by chance, and are marked "
         '"only".',

@@ -102,7 +102,7 @@ def _in_short(size, preset, shapes, planned):
 
 def _of_smaller(preset, shapes):
     parts = [
-        f"{name}, rank {rank}, {100 * share:.0f} %"
+        f"{name} {100 * share:.0f} % (rank {rank})"
         for (name, rank), runs in shapes.items()
         if name != preset and (share := saved(runs, "lorenza", "adamw", "peak")) is not None
     ]

@@ -230,7 +230,7 @@ def _of(model, finals):
     ]
     if parts and kept:
         parts.append(f"in AdamW's state {', '.join(kept)}")
-    return parts and f"With {model} parameters {'; '.join(parts)}."
+    return parts and f"With {model} parameters: {'; '.join(parts)}."
 
 
 def _together(size, parts):

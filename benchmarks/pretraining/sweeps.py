@@ -93,13 +93,14 @@ def section(sweep):
             row += _columns(sweep, results) if value == rank else ["-"] * 3
         rows.append(row)
     titles = [t for m in methods for t in (tables.NAMES[m], "above AdamW", "state")]
-    seeds = {len(results) for _, results in sweep.retuned.values()}
-    tuned = f" Tuned there are rates of that rank's own, over {max(seeds)} seeds." if seeds else ""
+    seeds = sorted({len(results) for _, results in sweep.retuned.values()})
+    over = " or ".join(map(str, seeds))
+    tuned = f" Tuned there are rates of that rank's own, over {over} seeds." if seeds else ""
     return [
         f"Validation loss over {count} seed{'s' if count > 1 else ''}, paired with AdamW's "
         f"({loss}), at the rates that were tuned for the shared value, and the state in AdamW's. "
-        "Means and standard deviations, which are mostly AdamW's: of two seeds no interval says "
-        f"much, and rows differ by less than each is sure of, as they share AdamW's runs.{tuned}",
+        "Means and standard deviations: of so few seeds no interval says much. All rows share "
+        f"AdamW's runs, so that rows can be told apart better than each from AdamW.{tuned}",
         "",
         *tables.markdown([TITLES[sweep.swept].split()[0].lower(), *titles], rows),
     ]
@@ -122,25 +123,26 @@ def rank_finding(sweep):
         return []
     rank = min(swept, key=lambda value: statistics.fmean(losses(swept[value])))
     results, how = swept[rank], "at the rates tuned for another"
-    if "lorenza" in sweep.retuned:
-        rank, results = sweep.retuned["lorenza"]
+    retuned = {m: found for m, found in sweep.retuned.items() if _above(sweep, found[1])}
+    if "lorenza" in retuned:
+        rank, results = retuned["lorenza"]
         how = "tuned there"
     above = tables.t_difference(_above(sweep, results))
     text = (
         f"At the best rank of those tried, {rank} of {sweep.width}, {how}, LORENZA's validation "
-        f"loss is {above.shown(1, '%')} above AdamW's, {_within(above)}, with "
+        f"loss differs from AdamW's by {above.shown(1, '%')}, {_within(above)}, with "
         f"{_state(sweep, results)} its state."
     )
-    beside, of_galore = sweep.retuned.get("galore", (None, None))
-    if beside == rank and rank == sweep.retuned.get("lorenza", (None,))[0]:
+    beside, of_galore = retuned.get("galore", (None, None))
+    if beside == rank and "lorenza" in retuned:
         galore = tables.t_difference(_above(sweep, of_galore)).shown(1, "%")
-        text += f" GaLore's, tuned there, too, is {galore}, with {_state(sweep, of_galore)}."
+        text += f" GaLore's, tuned there, too, by {galore}, with {_state(sweep, of_galore)}."
     return [f"{text} (That rank was LORENZA's best by this same loss.)"]
 
 
 def _within(above, limit=1):
     """Whether a loss is as near to AdamW's as was asked for, in percent."""
-    if above.estimate > limit:
+    if not above.estimate <= limit:
         return f"not within {limit} %"
     is_sure = above.high is not None and above.high <= limit
     return f"within {limit} %" + ("" if is_sure else " in the mean, though not beyond doubt")

@@ -74,14 +74,14 @@ def bound_loss(value_fn: Callable[..., Any], extra_args: Mapping[str, Any]) -> C
 
 
 def applied(
-    function: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    function: Callable[..., Any] | None, /, *args: Any, **kwargs: Any
 ) -> Callable[[Any], Any] | None:
     """A function of the parameters and more as one of the parameters alone; None for None."""
     return None if function is None else lambda at: function(at, *args, **kwargs)
 
 
 def loss_of(
-    value_fn: Callable[..., Any], has_aux: bool, *args: Any, **kwargs: Any
+    value_fn: Callable[..., Any], has_aux: bool, /, *args: Any, **kwargs: Any
 ) -> Callable[[Any], Any]:
     """``value_fn`` of the parameters alone, for functions that have the argument ``has_aux``."""
 

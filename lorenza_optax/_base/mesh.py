@@ -58,7 +58,7 @@ def mark_varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
         for axis in missing:  # which pcast does not always check
             jax.lax.axis_size(axis)
         return jax.lax.pcast(leaf, missing, to="varying")
-    except (NameError, ValueError) as error:
+    except (AssertionError, NameError, ValueError) as error:  # by JAX's version and transformation
         raise ValueError(
             f"axis_name={axis_name!r} names no axis of jax.shard_map or jax.pmap around this call."
             " Put it inside one, or leave axis_name out where the loss is that of the whole batch."

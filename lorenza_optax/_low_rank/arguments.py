@@ -121,7 +121,7 @@ def low_rank_config(
         factored=factored,
     )
     check_transformation("base_optimizer", base_optimizer)
-    check_choice("subspace", axes["subspace"], tuple(SUBSPACES))  # of others there are no probes
+    check_choice("subspace", axes["subspace"], tuple(SUBSPACES))  # others are for methods
     inner = scale_by_adam(b1, b2, eps) if base_optimizer is None else base_optimizer
     return LowRankConfig(
         inner=optax.with_extra_args_support(inner),

@@ -193,9 +193,9 @@ def surroundings_of_states(
             if isinstance(state.ascent, NoAscentState):
                 raise ValueError(
                     "opt_state is of a method that never perturbs by itself and keeps nothing to"
-                    f" probe along for ascent={config.ascent!r}: pass ascent='subspace', or"
-                    " 'momentum' if it keeps a first moment, or put lorenza_optax.methods.sam in"
-                    " front of it."
+                    f" probe along for ascent={config.ascent!r}: pass ascent='subspace', or,"
+                    " if it keeps a first moment, ascent='momentum' or probe_factors='momentum', or"
+                    " put lorenza_optax.methods.sam in front of it."
                 ) from None
             raise ValueError(
                 "opt_state does not hold what this ascent needs, because the optimizer was made"

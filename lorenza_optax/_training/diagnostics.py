@@ -18,7 +18,8 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
 
     =================== ========================================================================
     value               loss at the perturbed point at the last update that took the gradient itself
-                       and was not skipped: log skipped_steps beside it
+                       and whose loss was finite: log skipped_steps beside it (a stage alone, SAM
+                       or ZO-SAM, tells of any loss)
     ascent_norm         :math:`\lVert A \rVert`, the size of the slope that the ascent found; 0 in
                        steps without a perturbation
     perturbed           1 if the last update was made at a perturbed point, else 0
