@@ -97,8 +97,8 @@ def test_from_trials_to_the_report_and_the_ablations(nano, monkeypatch):
                / result(f"a-stdlib-adamw-seed{s}")["validation_loss"] - 1)
         for s in (0, 1)
     ]  # fmt: skip
-    assert "2 of 32, tuned there, LORENZA's validation loss differs from AdamW's by " in text
-    assert f"by {np.mean(above):+.1f} % (" in text
+    where = "2 of 32, tuned there, LORENZA's validation loss differs from AdamW's by"
+    assert f"{where} {np.mean(above):+.1f} % (" in text
     assert "| 2, tuned there | " in text
 
     # Run again, the figures are the same; others would be found out.
